@@ -267,7 +267,7 @@ def print_json(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def json_report(wanted: bool) -> Iterator[dict[str, Any]]:
+def json_report(enabled: bool) -> Iterator[dict[str, Any]]:
     """Yield an object to fill; with ``--json`` it alone goes to standard output, after the block.
 
     What the block says goes to standard error then. An object that was filled is printed after an
@@ -275,10 +275,10 @@ def json_report(wanted: bool) -> Iterator[dict[str, Any]]:
     """
     report: dict[str, Any] = {}
     try:
-        with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        with contextlib.redirect_stdout(sys.stderr) if enabled else contextlib.nullcontext():
             yield report
     finally:
-        if wanted and report:
+        if enabled and report:
             print_json(report)
 
 

@@ -74,11 +74,11 @@ class Bar:
     def _line(self) -> str:
         task = self._task
         of = f" of {int(task.total):,}" if task.total is not None else ""
-        left, rate_hz = task.time_remaining, task.speed
+        remaining_s, rate_hz = task.time_remaining, task.speed
         parts = [
             f"{task.description.strip()}: {int(task.completed):,}{of}",
             f"{rate_hz:.3g}/s" if rate_hz else "",
-            f"{timedelta(seconds=int(left))} left" if left is not None else "",
+            f"{timedelta(seconds=int(remaining_s))} left" if remaining_s is not None else "",
             str(task.fields["note"]),
         ]
         return ", ".join(part for part in parts if part)

@@ -129,13 +129,13 @@ def _conclude(
     from fusion.data.data_file import read_whole_posts
 
     posts = read_whole_posts(layout.posts("online"))
-    found = evaluate(layout, settings, LabelMap.load(LABELS), posts, results)
+    evaluation = evaluate(layout, settings, LabelMap.load(LABELS), posts, results)
     tagged = sum(result.get("status") == "tagged" for result in results.values())
     content = {
         "posts": len(posts),
         "tagged": tagged,
-        "gap": round(found.gap, 6),
-        "gap_without": {m: round(gap, 6) for m, gap in found.gap_without.items()},
+        "gap": round(evaluation.gap, 6),
+        "gap_without": {m: round(gap, 6) for m, gap in evaluation.gap_without.items()},
         "posts_per_s": round(len(posts) / max(seconds, 1e-3), 3),
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -150,7 +150,7 @@ def _conclude(
         "daemon's log": layout.daemon_log,
         "database, queue": settings.embedded.folder,
     }
-    show_summary(found, content, places)
+    show_summary(evaluation, content, places)
     return 0 if tagged == len(posts) else 1
 
 

@@ -53,8 +53,10 @@ def evaluate(
     from fusion.metrics.ranking import global_average_precision as gap
 
     truth = truth_of(posts, labels)
-    given = [results.get(post.post_id, {}).get("tags", ()) for post in posts]
-    stored = _matrix([[(tag["id"], tag["score"]) for tag in tags] for tags in given], len(labels))
+    predicted = [results.get(post.post_id, {}).get("tags", ()) for post in posts]
+    stored = _matrix(
+        [[(tag["id"], tag["score"]) for tag in tags] for tags in predicted], len(labels)
+    )
     inferer = Inferer.load(settings.fusion.bundle, threads=1)
     try:
         features = [
@@ -96,9 +98,9 @@ def _predict(
     inferer: Any, features: Sequence[Features], classes: int, without: frozenset[Modality]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return scores of the tags over their thresholds, and of every class; ``(posts, classes)``."""
-    found = inferer.predict(list(features), without=without)
-    tags = _matrix(([(tag.id, tag.score) for tag in post.tags] for post in found), classes)
-    return tags, np.stack([post.scores for post in found])
+    predictions = inferer.predict(list(features), without=without)
+    tags = _matrix(([(tag.id, tag.score) for tag in post.tags] for post in predictions), classes)
+    return tags, np.stack([post.scores for post in predictions])
 
 
 def show_posts(posts: Sequence[Post], results: Mapping[str, Mapping[str, Any]]) -> None:

@@ -129,8 +129,10 @@ class PostBox:
         """Return the results by post ID."""
         path = self._client.settings.result_path
         with self._client.edge():
-            found = list(self._client.posts.find({"_id": {"$in": list(post_ids)}}))
-        return {str(document["_id"]): document[path] for document in found if document.get(path)}
+            documents = list(self._client.posts.find({"_id": {"$in": list(post_ids)}}))
+        return {
+            str(document["_id"]): document[path] for document in documents if document.get(path)
+        }
 
     def close(self) -> None:
         self._client.close()

@@ -325,8 +325,8 @@ def main() -> None:
     sys.exit(run())
 
 
-def _say_version(wanted: bool) -> None:
-    if wanted:
+def _say_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version  # 30 ms, for this alone
 
         say(f"{_NAME} {version(_NAME)}\n")

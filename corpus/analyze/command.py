@@ -94,8 +94,8 @@ def analyze(options: Options) -> None:
         raise ConfigError(f"{options.posts}: no such file")
     state = options.out / ".state"
     with only_one(state / "lock", str(options.out)):
-        for left in state.glob("work-*"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in state.glob("work-*"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             facts = _analyze(options, state, names)
         except (sqlite3.Error, OSError) as error:

@@ -288,7 +288,7 @@ class GroupTally:
         self._shown = []
         counts["groups"] += 1
         sets = {post_id: self._labels_of(post_id) for post_id in group.members}
-        given = {post_id: labels for post_id, labels in sets.items() if labels}
+        labelled = {post_id: labels for post_id, labels in sets.items() if labels}
         shown = {post_id: sorted(sets[post_id]) for post_id in group.members[:_MEMBERS]}
         example: dict[str, Any] = {"posts": len(group.members), "labels": shown}
         if group.media:
@@ -296,11 +296,11 @@ class GroupTally:
         if len(counts["examples"]) < _EXAMPLES:
             counts["examples"].append(example)
             self._shown.append(example)
-        if len(set(given.values())) < 2:
+        if len(set(labelled.values())) < 2:
             return
         counts["labels_differ"] += 1
-        some = frozenset[str]().union(*given.values())
-        every = some.intersection(*given.values())
+        some = frozenset[str]().union(*labelled.values())
+        every = some.intersection(*labelled.values())
         self._disputed.update(some - every)
         if len(counts["disputes"]) < _EXAMPLES:
             dispute = {**example, "disputed": sorted(some - every)[:20]}

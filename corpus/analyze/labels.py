@@ -31,9 +31,9 @@ class Labels:
         self._most: list[tuple[int, int, str]] = []
 
     def add(self, post_id: str, labels: Iterable[str]) -> None:
-        given = list(labels)
-        tags = sorted(set(given))
-        self.repeated += len(tags) != len(given)
+        names = list(labels)
+        tags = sorted(set(names))
+        self.repeated += len(tags) != len(names)
         self.counts.update(tags)
         self.per_post[len(tags)] += 1
         self._pairs.update(combinations(tags[:_MAX_PAIRED], 2))
@@ -91,14 +91,14 @@ class Labels:
 
     def _implied(self) -> list[dict[str, Any]]:
         """Return tags that never stand without a more frequent one."""
-        found = []
+        implied = []
         for (a, b), count in self._by_count():
             if count < _IMPLIED or self.counts[a] == self.counts[b]:
                 continue
             rarer, other = (a, b) if self.counts[a] < self.counts[b] else (b, a)
             if self.counts[rarer] == count:
-                found.append({"tag": rarer, "never_without": other, "posts": count})
-        return found[:_TOP_PAIRS]
+                implied.append({"tag": rarer, "never_without": other, "posts": count})
+        return implied[:_TOP_PAIRS]
 
     def _top_pairs(self) -> list[dict[str, Any]]:
         pairs = []

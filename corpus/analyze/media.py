@@ -100,20 +100,20 @@ class MediaBase:
 
     def fact(self, source: str, kind: MediaKind) -> MediaFact:
         """Return what is known of a source that a post uses as `kind`."""
-        found = self._locate(source, kind)
-        if isinstance(found, MediaFact):
-            return found
-        row = self._row(found.sha256 or self._known(found), kind)
+        located = self._locate(source, kind)
+        if isinstance(located, MediaFact):
+            return located
+        row = self._row(located.sha256 or self._known(located), kind)
         if row is not None:
             return MediaFact(*row)
         query = "SELECT reason FROM unreadable WHERE name = ?"
-        reason = self._base.execute(query, (found.name,)).fetchone()
+        reason = self._base.execute(query, (located.name,)).fetchone()
         return MediaFact("", kind, reason=NO_FILE if reason is None else reason[0])
 
     def path_of(self, source: str, kind: MediaKind) -> Path | None:
         """Return where the file of a source lies; None where none is."""
-        found = self._locate(source, kind)
-        return found.path if isinstance(found, Task) else None
+        located = self._locate(source, kind)
+        return located.path if isinstance(located, Task) else None
 
     def any_fact(self, source: str) -> MediaFact | None:
         """Return what is known of a source, whatever it is used as."""
@@ -183,14 +183,14 @@ class MediaBase:
         row: tuple[Any, ...] | None = self._base.execute(query, (sha256, kind)).fetchone()
         return row
 
-    def _keep(self, found: Measured) -> None:
+    def _keep(self, measured: Measured) -> None:
         self.measured += 1
-        if not found.task.sha256:
-            fact = found.fact
-            row = (found.task.name, fact.size_bytes, found.mtime_ns, fact.sha256)
+        if not measured.task.sha256:
+            fact = measured.fact
+            row = (measured.task.name, fact.size_bytes, measured.mtime_ns, fact.sha256)
             self._base.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
         insert = "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        self._base.execute(insert, astuple(found.fact))
+        self._base.execute(insert, astuple(measured.fact))
 
 
 def _rows(line: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:

@@ -92,8 +92,8 @@ class Cards:
     def _short(self, post_id: str) -> MediaView:
         text, media = self._tally.content_of(post_id)
         pictures = [source for kind, source in media if kind == "image"]
-        if pictures and (found := self._view("image", pictures[0], 1)).thumbnail:
-            return MediaView(f"{post_id}: {shortened(text)}", "", found.thumbnail)
+        if pictures and (view := self._view("image", pictures[0], 1)).thumbnail:
+            return MediaView(f"{post_id}: {shortened(text)}", "", view.thumbnail)
         return MediaView(shortened(text)[:60] or post_id)
 
     def _view(self, kind: MediaKind, source: str, number: int) -> MediaView:

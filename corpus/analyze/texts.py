@@ -88,11 +88,11 @@ class Bands:
         from datasketch import MinHash
 
         self._blank = self._blank or MinHash(_PERMUTATIONS, _SEED, hashfunc=zlib.crc32)
-        found = self._blank.copy()
-        found.update_batch([part.encode("utf-8", "replace") for part in parts])
+        minhash = self._blank.copy()
+        minhash.update_batch([part.encode("utf-8", "replace") for part in parts])
         keys = []
         for band in range(self.count):
-            values = found.hashvalues[band * self.rows : (band + 1) * self.rows]
+            values = minhash.hashvalues[band * self.rows : (band + 1) * self.rows]
             digest = hashlib.blake2b(bytes([band]) + values.tobytes(), digest_size=8).digest()
             keys.append(int.from_bytes(digest, "little", signed=True))
         return keys
@@ -112,7 +112,7 @@ def language_of(text: str) -> str:
     letters = sum(char.isalpha() for char in plain)
     if not letters:
         return NO_WORDS
-    han, kana, hangul = (len(found.findall(plain)) for found in (_HAN, _KANA, _HANGUL))
+    han, kana, hangul = (len(pattern.findall(plain)) for pattern in (_HAN, _KANA, _HANGUL))
     if 3 * (han + kana + hangul) >= letters:  # each says as much as three letters
         if 2 * hangul > han + kana:
             return "ko"

@@ -277,11 +277,11 @@ def _given_sides(options: Options, shares: tuple[float, float, float]) -> Iterat
                     yield post_id, side
 
 
-def _tell_moves(index: Index, keep: Path, given: Iterator[tuple[str, int]], count: int) -> None:
+def _tell_moves(index: Index, keep: Path, assigned: Iterator[tuple[str, int]], count: int) -> None:
     """Say which posts leave the side of the earlier split, before anything is written."""
     moves = (
         f"  {post_id}: {SIDES[side]} -> {SIDES[now]}\n"
-        for post_id, side in given
+        for post_id, side in assigned
         if (now := index.side_of(post_id)) is not None and now != side
     )
     say(f"--keep {keep}: {count} posts move, linked with posts of a later side\n")

@@ -31,7 +31,7 @@ _ENOUGH = 0.0005
 """Share of groups: a pass that moves fewer is the last."""
 _FEW, _EXCHANGES = 200, 3
 """Up to this many groups exchanges are tried too, in the first passes: single moves get stuck.
-More passes take seconds and make the sides no evener."""
+More passes take seconds and make the sides no more even."""
 _LEAST = 1e-9
 """A move that makes less of a difference is rounding."""
 

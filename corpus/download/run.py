@@ -240,7 +240,7 @@ class Download:
             return True
         if present(self._options.out, result, verify=self._options.verify):
             return True
-        # The file first: a kill in between must not leave a spoilt one that counts as good.
+        # The file first: a kill in between must not leave a broken one that counts as good.
         (self._options.out / result.path).unlink(missing_ok=True)
         self._state.forget(key)
         return False

@@ -60,7 +60,7 @@ class State:
             self._db.executemany(insert, (_row(key, self.run, result) for key, result in results))
 
     def forget(self, key: str) -> None:
-        """Ask for a URL again: its file is gone or spoilt."""
+        """Ask for a URL again: its file is gone or broken."""
         with self._edge():
             self._db.execute("DELETE FROM urls WHERE key = ?", (bytes.fromhex(key),))
 

@@ -97,7 +97,7 @@ def present(out: Path, result: UrlResult, *, verify: bool = False) -> bool:
 def left_over(out: Path) -> Iterator[tuple[str, str, UrlResult]]:
     """Yield downloads that an earlier run finished and did not record: key, name, result.
 
-    What it had only begun is deleted, and so is what a power cut has spoilt.
+    What it had only begun is deleted, and so is what a power cut has broken.
     """
     folder = incoming_folder(out)
     for path in sorted(folder.iterdir()):

@@ -84,10 +84,10 @@ def media_kind(path: Path) -> MediaKind | None:
     """Return what a post may use a file as, by its bytes; None for what is not media."""
     try:
         with path.open("rb") as file:
-            found = sniff(file.read(HEAD_BYTES))
+            sniffed = sniff(file.read(HEAD_BYTES))
     except OSError:
         return None
-    kinds = found.kinds if found is not None else frozenset()
+    kinds = sniffed.kinds if sniffed is not None else frozenset()
     if kinds == {"video", "audio"}:  # containers, whose name tells what their maker meant
         guess = mimetypes.guess_type(path.name)[0] or ""
         return "audio" if guess.startswith("audio/") else "video"

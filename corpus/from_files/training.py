@@ -302,14 +302,14 @@ def _identities(entry: PostEntry) -> Iterator[dict[str, str]]:
 
 def _contents(posts: Path) -> Counter[str]:
     """Count the posts that have each kind of content."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for entry in read_posts(posts):
         if isinstance(entry, CorpusPost):
             post = entry.post
-            found.update({MEDIA_KEYS[media.kind] for media in post.media})
-            found.update(n for n in ("text", "ocr", "labels") if getattr(post, n))
-            found["posts"] += 1
-    return found
+            counts.update({MEDIA_KEYS[media.kind] for media in post.media})
+            counts.update(n for n in ("text", "ocr", "labels") if getattr(post, n))
+            counts["posts"] += 1
+    return counts
 
 
 def advice(contents: Mapping[str, int], tags: Mapping[str, int]) -> list[str]:
@@ -491,20 +491,20 @@ def _kinds(settings: Settings, contents: Mapping[str, int]) -> list[Kind]:
         "audio": bool(contents["videos"] or contents["audios"]),
         "video": bool(contents["videos"]),
     }
-    return [kind for kind, wanted in needed.items() if wanted]
+    return [kind for kind, is_needed in needed.items() if is_needed]
 
 
 def _extract(settings: Settings, folder: TrainingFolder, kinds: Iterable[Kind]) -> None:
     words = ["--config", str(folder.settings), "--input", str(folder.posts)]
     plans = [parse(kind, [*words, "--features", str(folder.features)]) for kind in kinds]
-    left = [
+    unfinished = [
         entry.post
         for entry in read_posts(folder.posts)
         if isinstance(entry, CorpusPost)
         and not feature_path(folder.features, entry.post.post_id).exists()
     ]
-    if len(left) >= _ESTIMATE_FROM:
-        notice(_estimate(settings, left, len(plans), max(plan.workers for plan in plans)))
+    if len(unfinished) >= _ESTIMATE_FROM:
+        notice(_estimate(settings, unfinished, len(plans), max(plan.workers for plan in plans)))
     for plan in plans:
         extract(plan)
     folder.features.mkdir(exist_ok=True)

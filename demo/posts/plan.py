@@ -95,10 +95,10 @@ def _contents(
     contents: dict[Channel, tuple[str, ...]] = {}
     for channel in CHANNELS:
         chance, lost = rng.random(2)
-        kept = [key for key in carried[channel] if rng.random() >= 0.2 * noise]
+        shown = [key for key in carried[channel] if rng.random() >= 0.2 * noise]
         there = lost >= missing if carried[channel] else chance < NEUTRAL[channel]
         if there:
-            contents[channel] = tuple(kept)
+            contents[channel] = tuple(shown)
     if not contents:
         contents["text"] = ()
     return contents
@@ -110,7 +110,7 @@ def _add_lone_cue(
     [pair] = [pair for pair in TAGS.values() if cue in pair and len(pair) == 2]
     partner = pair[1 - pair.index(cue)]
     keys = carried[cue.channel]
-    wanted = rng.random() < LONE_CUE
+    is_lone = rng.random() < LONE_CUE
     fits = len(keys) < CAPACITY[cue.channel] and cue.key not in keys
-    if wanted and fits and partner.key not in carried[partner.channel]:
+    if is_lone and fits and partner.key not in carried[partner.channel]:
         keys.append(cue.key)

@@ -416,8 +416,8 @@ class _Film:
             if not index.past_limit:
                 promised = promised_packets(stream)
                 self.notes.append(check_share(len(index), promised, "frames", self._type))
-            left = [i for i in chosen if index.times[i] > after and index.shown[i]]
-            yield from decode_frames(read, stream, index, left, self._side)
+            remaining = [i for i in chosen if index.times[i] > after and index.shown[i]]
+            yield from decode_frames(read, stream, index, remaining, self._side)
 
 
 def _turns(upright: tuple[bool, bool, bool]) -> str:

@@ -289,8 +289,8 @@ def _jpeg(data: _Source) -> tuple[_Source, bool]:
     """
     pieces, position, parts, scans, cut = [b"\xff\xd8"], 2, 0, 0, True
     missing: set[tuple[int, int]] = set()  # component and coefficient of a progressive JPEG
-    while cut and (found := _SEGMENT.search(data, position)):
-        start, mark, body = found.start(), data[found.start() + 1], found.end()
+    while cut and (segment := _SEGMENT.search(data, position)):
+        start, mark, body = segment.start(), data[segment.start() + 1], segment.end()
         parts += 1 + start - position
         position, cut = body, mark != 0xD9
         if not cut or mark == 1 or 0xD0 <= mark <= 0xD8:

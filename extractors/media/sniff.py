@@ -160,8 +160,8 @@ _LEADING_ZEROS = 4
 
 def sniff(head: bytes) -> FileType | None:
     """Return the type that a file's first bytes show; None when they show none."""
-    found = _by_mark(head)
-    if found is None:
+    sniffed = _by_mark(head)
+    if sniffed is None:
         junk = len(head) - len(head.lstrip(_JUNK))
         if head.startswith(b"APETAGEX"):
             junk = 32 + int.from_bytes(head[12:16], "little")
@@ -169,9 +169,9 @@ def sniff(head: bytes) -> FileType | None:
         for start in range(junk, max(0, junk - _LEADING_ZEROS - 1), -1):
             inner = _by_mark(head[start:])
             if inner and inner.kinds:
-                found = replace(inner, start=start)
+                sniffed = replace(inner, start=start)
                 break
-    return found or _by_text(head) or _by_search(head)
+    return sniffed or _by_text(head) or _by_search(head)
 
 
 def _by_mark(head: bytes) -> FileType | None:
@@ -332,17 +332,17 @@ def type_of(stream: BinaryIO) -> FileType | None:
         skipped = zeros - _LEADING_ZEROS
         stream.seek(skipped)
         head = stream.read(HEAD_BYTES)
-    found = sniff(head)
-    if found is None:
+    sniffed = sniff(head)
+    if sniffed is None:
         return None
-    if found.family == "id3":
-        behind = found.start + skipped + id3_bytes(head[found.start :])
+    if sniffed.family == "id3":
+        behind = sniffed.start + skipped + id3_bytes(head[sniffed.start :])
         stream.seek(behind)
         inner = sniff(stream.read(HEAD_BYTES))
         demuxed = inner is not None and inner.family in ("mp3", "aac", "flac")  # with their tags
         if inner is not None and "audio" in inner.kinds and (inner.start or not demuxed):
             return replace(inner, start=inner.start + behind)
-    return replace(found, start=found.start + skipped)
+    return replace(sniffed, start=sniffed.start + skipped)
 
 
 def id3_bytes(head: bytes) -> int:
@@ -364,14 +364,14 @@ def has_duration(path: Path, file_type: FileType) -> bool:
         first = stream.seek(file_type.start + id3_bytes(stream.read(10)))
         frame = stream.read(128).ljust(128, b"\0")
         size = stream.seek(0, os.SEEK_END) - first
-    found = re.search(rb"Xing|Info|VBRI", frame[:64])
-    if found is None:
+    header = re.search(rb"Xing|Info|VBRI", frame[:64])
+    if header is None:
         return False
-    at = found.end()  # VBRI has its bytes behind 6 others; else flags, frames, bytes
-    at += 6 if found[0] == b"VBRI" else 4 + 4 * (frame[at + 3] & 1)
+    at = header.end()  # VBRI has its bytes behind 6 others; else flags, frames, bytes
+    at += 6 if header[0] == b"VBRI" else 4 + 4 * (frame[at + 3] & 1)
     told = int.from_bytes(frame[at : at + 4], "big")
     # With much more behind the sound, FFmpeg estimates after all.
-    untold = found[0] != b"VBRI" and not frame[found.end() + 3] & 2
+    untold = header[0] != b"VBRI" and not frame[header.end() + 3] & 2
     return untold or size - told <= told >> 4
 
 

@@ -186,10 +186,10 @@ class Whisper(TransformersEncoder):
         several = getattr(model.generation_config, "is_multilingual", False)
         marks = getattr(model.generation_config, "lang_to_id", None) if several else None
         self._languages = {mark.strip("<|>"): place for mark, place in (marks or {}).items()}
-        wanted = self._settings.language
-        if wanted is not None and wanted not in (self._languages or ("en",)):
+        language = self._settings.language
+        if language is not None and language not in (self._languages or ("en",)):
             raise ConfigError(
-                f"{_SETTING}.language: {self._named} knows no {wanted!r}, but "
+                f"{_SETTING}.language: {self._named} knows no {language!r}, but "
                 f"{', '.join(self._languages) or 'en'}"
             )
         self._tokenizer = tokenizer

@@ -190,8 +190,8 @@ class Encoder(ABC):
         On a GPU all of it is only queued: its inputs can load while an earlier pass computes.
         """
         if self._graph is not None:
-            found = self._graph(*inputs)
-            rows = found.clip(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).astype(np.float16)
+            outputs = self._graph(*inputs)
+            rows = outputs.clip(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).astype(np.float16)
             return lambda: rows
         import torch
 
@@ -563,15 +563,15 @@ def load_graph(
     tensors = [[torch.from_numpy(each) for each in inputs] for inputs in examples]
     try:
         with torch.inference_mode():
-            wanted = [call(*each).float().numpy() for each in tensors]
+            expected = [call(*each).float().numpy() for each in tensors]
     except Exception:  # noqa: BLE001 - of a wrong setting: its first run says which
         return None
 
     def fitting(model: Any) -> Graph | None:
         for choice in dict.fromkeys((arithmetic, "fp32")):
             graph = Graph(model, choice, threads)
-            found = [graph(*inputs) for inputs in examples]
-            if min(map(_cosine, found, wanted)) >= LEAST_COSINE:
+            outputs = [graph(*inputs) for inputs in examples]
+            if min(map(_cosine, outputs, expected)) >= LEAST_COSINE:
                 return graph
         return None
 

@@ -123,8 +123,8 @@ class Need:
     def installed(self) -> Path | None:
         """Return the folder of its package in this environment."""
         package = self.package
-        found = importlib.util.find_spec(package.module) if package else None
-        folders = (found and found.submodule_search_locations) or ()
+        spec = importlib.util.find_spec(package.module) if package else None
+        folders = (spec and spec.submodule_search_locations) or ()
         return next(map(Path, folders), None)
 
 

@@ -127,9 +127,9 @@ class TransformersEncoder(Encoder):
                 raise ValueError(f"{len(info['mismatched_keys'])} weights have another shape")
             # An optional part is random where the file lacks it, and unused here.
             prefix = f"{self.part}." if self.part else ""
-            kept = frozenset(model.state_dict()) - missing
+            loaded = frozenset(model.state_dict()) - missing
             self._from_file = frozenset(
-                k.removeprefix(prefix) for k in kept if k.startswith(prefix)
+                k.removeprefix(prefix) for k in loaded if k.startswith(prefix)
             )
         self._take(model, source, local=local)
         network = getattr(model, self.part) if self.part else model

@@ -46,8 +46,8 @@ class Hog(PictureEncoder):
         return _Histograms()
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self._network(inputs[0])
-        return found
+        features: torch.Tensor = self._network(inputs[0])
+        return features
 
     def _digest(self, weights: Weights, network: Any) -> str:
         return "none"

@@ -290,16 +290,16 @@ class _CoarseFirst:
             likely[:] = self._look(small)[0, 0]  # a copy: the next look overwrites its own
             seen &= likely > _MAYBE_TEXT
             fine, bands = _fine(seen, likely), _bands(seen.max(axis=1), height)
-        found: Tensor = np.zeros((1, 1, height, width), np.float32)
+        text_map: Tensor = np.zeros((1, 1, height, width), np.float32)
         for top, bottom in bands:
             rows = slice(top * len(small) // height, -(-bottom * len(small) // height))
             if fine[rows].any():
-                found[:, :, top:bottom] = self._look(pixels[top:bottom])
+                text_map[:, :, top:bottom] = self._look(pixels[top:bottom])
             else:
                 large = cv2.resize(likely, (width, height))[top:bottom]
                 # With edges as steep as at full size: soft ones gave boxes that are too tall.
-                found[0, 0, top:bottom] = np.clip(0.5 + (large - 0.5) / scale, 0, 1)
-        return found
+                text_map[0, 0, top:bottom] = np.clip(0.5 + (large - 0.5) / scale, 0, 1)
+        return text_map
 
     def _look(self, pixels: Picture) -> Tensor:
         # [0, 255] -> [-1, 1], (h, w, 3) -> (1, 3, h, w); rapidocr's own way through float64 takes

@@ -303,16 +303,16 @@ class VideoExtractor(VisualExtractor):
         return {**own, "video_lstm": (self._lstm.dim, self._lstm.fingerprint)}
 
 
-def segments(count: int, wanted: int) -> npt.NDArray[np.intp]:
+def segments(count: int, parts: int) -> npt.NDArray[np.intp]:
     """Return the frame at the centre of each of ``wanted`` equal segments of ``count`` frames.
 
     Frames of a short clip are repeated; ``wanted`` frames or more, or none, are taken once each.
 
     Source: TSN (arXiv 1608.00859), in test.
     """
-    if not count or count >= wanted:
+    if not count or count >= parts:
         return np.arange(count)
-    return ((2 * np.arange(wanted) + 1) * count) // (2 * wanted)
+    return ((2 * np.arange(parts) + 1) * count) // (2 * parts)
 
 
 class AttentionLstm(nn.Module):

@@ -171,9 +171,9 @@ def _packaged(arch: str, setting: str) -> Weights:
             f"{setting}: no package brings the weights of {arch}; there are some for "
             f"{', '.join(PACKAGES)}"
         )
-    found = importlib.util.find_spec(package.module)
+    spec = importlib.util.find_spec(package.module)
     places = [in_place(package.name)]
-    places += [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+    places += [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     folder = next((place for place in places if package.within(place).exists()), None)
     if folder is None:
         raise ConfigError(
@@ -247,8 +247,8 @@ def weights_digest(weights: Weights, state: Any) -> str:
         return tensors_digest(state)
     if not weights.path.is_dir():
         return file_digest(weights.path)
-    found = (sorted(weights.path.glob(name)) for name in ("*.safetensors", "*.bin"))
-    return file_digest(*next(filter(None, found), []))
+    files = (sorted(weights.path.glob(name)) for name in ("*.safetensors", "*.bin"))
+    return file_digest(*next(filter(None, files), []))
 
 
 def reachable(url: str) -> bool:

@@ -56,10 +56,10 @@ class MediaItems:
 
         The centre one, or with ``random`` one at a random time; those of a short clip repeat.
         """
-        found = read_frames(
+        clip = read_frames(
             path, choice=FrameChoice(count), side=size, limits=self.limits, random=random
         )
-        return found[segments(len(found), count)]
+        return clip[segments(len(clip), count)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class MediaPost:
 
 def read_posts(path: Path, labels: LabelMap, kind: MediaName) -> tuple[MediaPost, ...]:
     """Return the posts of a data file that have media of a kind; the others are left out."""
-    found: list[MediaPost] = []
+    media_posts: list[MediaPost] = []
     for entry in entries(path):
         post = parse_post(entry.value, entry.where).post
         known = labels.encode(post.labels, where=f"{path}: post {post.post_id}")
@@ -83,10 +83,10 @@ def read_posts(path: Path, labels: LabelMap, kind: MediaName) -> tuple[MediaPost
             if MEDIA_KEYS[each.kind] == kind
         )
         if media:
-            found.append(MediaPost(post.post_id, media, tuple(known)))
-    if not found:
+            media_posts.append(MediaPost(post.post_id, media, tuple(known)))
+    if not media_posts:
         raise ConfigError(f"{path}: no post has {kind}")
-    return tuple(found)
+    return tuple(media_posts)
 
 
 def targets_of(tags: Sequence[Sequence[int]], classes: int) -> npt.NDArray[np.float32]:
@@ -290,12 +290,12 @@ def pixels(
     ``(segments, S, S, 3)``; ``augmented`` changes them in training, as `augment` does.
     """
     if segments is None:
-        found = reader.picture(path, size)[None]
+        pixels = reader.picture(path, size)[None]
     else:
-        found = reader.frames(path, size, segments, chance)
+        pixels = reader.frames(path, size, segments, chance)
     if not augmented or chance is None:
-        return found
-    return augment(found, "clip", chance, flip=flip, crop=crop)
+        return pixels
+    return augment(pixels, "clip", chance, flip=flip, crop=crop)
 
 
 def _array_item(kind: Kind, medium: npt.NDArray[Any], chance: Chance | None) -> npt.NDArray[Any]:

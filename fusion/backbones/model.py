@@ -229,11 +229,11 @@ def _feature_dim(backbone: nn.Module, kind: Kind, size: tuple[int, int]) -> int:
     training = backbone.training
     backbone.eval()
     with torch.no_grad():
-        found = backbone(torch.zeros(1, CHANNELS[kind], *size))
+        features = backbone(torch.zeros(1, CHANNELS[kind], *size))
     backbone.train(training)
-    if found.ndim != 2:
-        raise ConfigError(f"the model gives {tuple(found.shape)}, not one vector for each input")
-    return int(found.shape[1])
+    if features.ndim != 2:
+        raise ConfigError(f"the model gives {tuple(features.shape)}, not one vector for each input")
+    return int(features.shape[1])
 
 
 def save_weights(

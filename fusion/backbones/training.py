@@ -569,12 +569,12 @@ class FrameStore:
         """Return the features ``(frames, dim)`` of a video, as an `Item`."""
         place = self._place(path)
         try:
-            found: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
+            array: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise FeatureError(
                 f"{place}: cannot be read; delete it and continue with --resume"
             ) from (error)
-        return found
+        return array
 
     def _place(self, path: Path) -> Path:
         try:

@@ -148,18 +148,18 @@ def _similarities(model: TagText, posts: PostDataset) -> tuple[torch.Tensor, tor
     ``(posts, streams, classes)`` and bool ``(posts, streams)``.
     """
     collate, streams = Collate(model.schema), model.streams
-    found: dict[Stream, list[torch.Tensor]] = {stream: [] for stream in streams}
+    similarities: dict[Stream, list[torch.Tensor]] = {stream: [] for stream in streams}
     masks: list[torch.Tensor] = []
     for start in range(0, len(posts), _BATCH):
         batch = collate([posts[i] for i in range(start, min(start + _BATCH, len(posts)))])
         for stream in streams:
             vectors = model.post_vectors(stream, batch.tokens[stream], batch.masks[stream])
-            found[stream].append(vectors)
+            similarities[stream].append(vectors)
         masks.append(torch.stack([batch.masks[s].any(dim=1) for s in streams], dim=1))
-    there = torch.cat(masks)
+    present = torch.cat(masks)
     said = []
     for i, stream in enumerate(streams):
-        vectors, some = torch.cat(found[stream]), there[:, i]
+        vectors, some = torch.cat(similarities[stream]), present[:, i]
         tags = model.vectors[stream]
         # Two posts are as far from their mean as it gets: it says nothing of others.
         if int(some.sum()) >= _MIN_POSITIVES:
@@ -169,11 +169,11 @@ def _similarities(model: TagText, posts: PostDataset) -> tuple[torch.Tensor, tor
             unit = functional.normalize(tags, dim=1)
             tags.copy_(unit / (vectors[some] @ unit.T).std().clamp(min=1e-3))
         said.append(vectors @ tags.T)
-    return torch.stack(said, dim=1), there
+    return torch.stack(said, dim=1), present
 
 
 def _calibrate(
-    model: TagText, said: torch.Tensor, there: torch.Tensor, targets: torch.Tensor
+    model: TagText, said: torch.Tensor, present: torch.Tensor, targets: torch.Tensor
 ) -> None:
     """Fit scale, bias and weights of streams to labels, by the cross entropy.
 
@@ -188,7 +188,7 @@ def _calibrate(
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        logits = scale.exp() * mixed(said[:, :, known], there, mixing) + common + own
+        logits = scale.exp() * mixed(said[:, :, known], present, mixing) + common + own
         wrong = functional.binary_cross_entropy_with_logits(
             logits, targets[:, known], reduction="sum"
         )
@@ -204,8 +204,8 @@ def _calibrate(
     model.bias[known] += own.detach()
 
 
-def _scores(model: TagText, said: torch.Tensor, there: torch.Tensor) -> npt.NDArray[np.float64]:
-    logits = model.scale * mixed(said, there, model.mixing) + model.bias
+def _scores(model: TagText, said: torch.Tensor, present: torch.Tensor) -> npt.NDArray[np.float64]:
+    logits = model.scale * mixed(said, present, model.mixing) + model.bias
     scores: npt.NDArray[np.float64] = torch.sigmoid(logits.double()).numpy()
     return scores
 

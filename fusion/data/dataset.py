@@ -53,11 +53,11 @@ class FeatureFiles:
         """
         if path is None:
             return read_features(self._root(post_id), post_id, fingerprints)
-        wanted = post_id or unquote(path.stem)
+        expected_id = post_id or unquote(path.stem)
         root = path.parent.parent
-        if feature_path(root, wanted) != path:
-            raise FeatureError(f"{path}: is not where the features of post {wanted!r} lie")
-        return read_features(root, wanted, fingerprints)
+        if feature_path(root, expected_id) != path:
+            raise FeatureError(f"{path}: is not where the features of post {expected_id!r} lie")
+        return read_features(root, expected_id, fingerprints)
 
     def _root(self, post_id: str) -> Path:
         if self.root is None:
@@ -75,7 +75,7 @@ def find_manifest(
     vote on how features were made.
     """
     votes: dict[Stream, Counter[tuple[int, str]]] = {}
-    wanted = streams_of(settings.modalities)
+    streams = streams_of(settings.modalities)
     voters = _VOTERS if settings.skip_bad else 1
     for looked, row in enumerate(_spread(len(posts))):
         # The streams of a modality come together, so one of them tells of all.
@@ -83,7 +83,7 @@ def find_manifest(
         if found == len(settings.modalities) and looked >= voters:
             break
         try:
-            for stream, kind in _made(posts[row], reader, wanted).items():
+            for stream, kind in _made(posts[row], reader, streams).items():
                 votes.setdefault(stream, Counter())[kind] += 1
         except FeatureError:
             if not settings.skip_bad:
@@ -106,16 +106,16 @@ def _spread(count: int) -> list[int]:
 
 
 def _made(
-    record: Record, reader: FeatureFiles, wanted: Sequence[Stream]
+    record: Record, reader: FeatureFiles, streams: Sequence[Stream]
 ) -> dict[Stream, tuple[int, str]]:
     """Return length and fingerprint of the streams that a post has."""
-    found = reader.features(record.post_id, record.features, None)
-    there = [stream for stream in wanted if stream in found.arrays]
-    made_with = reader.header(record.post_id, record.features).fingerprints if there else {}
-    for stream in there:
+    features = reader.features(record.post_id, record.features, None)
+    present = [stream for stream in streams if stream in features.arrays]
+    made_with = reader.header(record.post_id, record.features).fingerprints if present else {}
+    for stream in present:
         if stream not in made_with:
             raise FeatureError(f"post {record.post_id}: {stream} has no fingerprint")
-    return {s: (int(found.arrays[s].shape[1]), made_with[s]) for s in there}
+    return {s: (int(features.arrays[s].shape[1]), made_with[s]) for s in present}
 
 
 class PostDataset(Dataset[Sample]):
@@ -139,20 +139,22 @@ class PostDataset(Dataset[Sample]):
         return len(self.posts)
 
     def __getitem__(self, row: int) -> Sample:
-        kept = self._kept.get(row)
-        if kept is None:
+        cached = self._kept.get(row)
+        if cached is None:
             record = self.posts[row]
-            kept = (record, self._read(record))
-            size = sum(array.nbytes for array in kept[1].values()) + _KEPT_BYTES
+            cached = (record, self._read(record))
+            size = sum(array.nbytes for array in cached[1].values()) + _KEPT_BYTES
             if size <= self._budget_bytes:
                 self._budget_bytes -= size
-                self._kept[row] = kept
-        record, arrays = kept
+                self._kept[row] = cached
+        record, arrays = cached
         return Sample(record.post_id, arrays, self.posts.target(row), record.author)
 
     def _read(self, record: Record) -> dict[Stream, FeatureArray]:
-        found = self._reader.features(record.post_id, record.features, self._manifest.fingerprints)
-        arrays = self._schema.arrays(found)
+        features = self._reader.features(
+            record.post_id, record.features, self._manifest.fingerprints
+        )
+        arrays = self._schema.arrays(features)
         for stream, array in arrays.items():
             if not np.isfinite(array).all():
                 raise FeatureError(f"post {record.post_id}: {stream} features are not finite")

@@ -67,9 +67,9 @@ class PostList(Sequence[Record]):
                 if entry.start >> 20 > done_mb:
                     bar.advance((entry.start >> 20) - done_mb)
                     done_mb = entry.start >> 20
-                found = _wanted(entry, path, labels, skip)
-                if found is not None:
-                    post_id, tags = found
+                labelled = _wanted(entry, path, labels, skip)
+                if labelled is not None:
+                    post_id, tags = labelled
                     places.extend((0, entry.start, entry.size, post_hash(post_id)))
                     indices.extend(tags)
                     ends.append(len(indices))
@@ -154,10 +154,10 @@ class PostList(Sequence[Record]):
 
     def digest(self) -> str:
         """Return a digest that is equal for equal posts in equal order with equal labels."""
-        found = hashlib.sha256(self._places[:, 3].tobytes())
+        hasher = hashlib.sha256(self._places[:, 3].tobytes())
         for part in self.label_rows():
-            found.update(part.tobytes())
-        return found.hexdigest()
+            hasher.update(part.tobytes())
+        return hasher.hexdigest()
 
     def target(self, row: int) -> npt.NDArray[np.float32]:
         """Return the true tags of a post, float32 ``(classes,)`` of 0 and 1."""
@@ -243,21 +243,21 @@ def stratified_folds(
     for post in chance.permutation(posts).tolist():
         for tag in tags[post]:
             of_tag[tag].append(post)
-    left = np.array([len(some) for some in of_tag], dtype=np.int64)
-    lacking = _Lacking(left, posts, folds)
+    remaining = np.array([len(some) for some in of_tag], dtype=np.int64)
+    lacking = _Lacking(remaining, posts, folds)
     part = np.full(posts, -1, dtype=np.int64)
-    queue = [(int(count), tag) for tag, count in enumerate(left) if count]
+    queue = [(int(count), tag) for tag, count in enumerate(remaining) if count]
     heapq.heapify(queue)
     while queue:
         count, tag = heapq.heappop(queue)
-        if count != left[tag]:  # posts were dealt with another tag since
-            if left[tag]:
-                heapq.heappush(queue, (int(left[tag]), tag))
+        if count != remaining[tag]:  # posts were dealt with another tag since
+            if remaining[tag]:
+                heapq.heappush(queue, (int(remaining[tag]), tag))
             continue
         for post in of_tag[tag]:
             if part[post] < 0:
                 part[post] = lacking.deal(tag, tags[post], float(chance.random()))
-                left[tags[post]] -= 1
+                remaining[tags[post]] -= 1
     for post in np.flatnonzero(part < 0).tolist():  # without tags
         part[post] = lacking.deal(None, [], float(chance.random()))
     return part

@@ -106,10 +106,10 @@ class Input:
 
     def count(self) -> int:
         """Read everything once; return the number of entries, bad ones included."""
-        found = sum(1 for _ in self)
-        if not found:
+        posts = sum(1 for _ in self)
+        if not posts:
             raise ConfigError(f"{self.path}: holds no posts")
-        return found
+        return posts
 
     def __iter__(self) -> Iterator[Labelled | Bad]:
         """Yield every post, or `Bad` for an entry that is none; raises as `count`."""
@@ -196,7 +196,7 @@ def infer(job: Job) -> InferReport:
             def to_tag() -> Iterator[Labelled | Bad]:
                 nonlocal resumed
                 for batch in chunked(job.source, settings.batch_size):
-                    left = 0
+                    remaining = 0
                     for post, earlier in _written(batch, sink):
                         learned = not isinstance(post, Bad) and post.labels and job.seen(post)
                         rows = seen if learned else new
@@ -204,10 +204,10 @@ def infer(job: Job) -> InferReport:
                             rows.add(earlier.scores, post.labels)
                         else:
                             into.append(rows)
-                            left += 1
+                            remaining += 1
                             yield post
-                    resumed += len(batch) - left
-                    bar.advance(len(batch) - left)
+                    resumed += len(batch) - remaining
+                    bar.advance(len(batch) - remaining)
 
             chunks = chunked(to_tag(), settings.batch_size)
             for outcomes in run_chunks(job.maker, devices, chunks):

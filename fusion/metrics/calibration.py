@@ -117,8 +117,8 @@ def fit_isotonic(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Isotonic:
     # A block is flat from its first level to its last; between blocks the map rises straight.
     ends = np.append(starts[1:], len(levels)) - 1
     at = np.stack([starts, ends], axis=1).ravel()  # (2·blocks,)
-    kept = np.append(True, np.diff(at) > 0)
-    at, found = at[kept], np.repeat(values, 2)[kept]
+    distinct = np.append(True, np.diff(at) > 0)
+    at, found = at[distinct], np.repeat(values, 2)[distinct]
     if len(at) > _MOST_KNOTS:
         chosen = np.unique(np.linspace(0, len(at) - 1, _MOST_KNOTS).round().astype(np.intp))
         at, found = at[chosen], found[chosen]
@@ -152,16 +152,16 @@ def _pooled(sums: FloatArray, counts: FloatArray) -> tuple[npt.NDArray[np.intp],
 
 
 def _logits(scores: npt.ArrayLike) -> FloatArray:
-    given = np.clip(np.asarray(scores, dtype=np.float64), _TINY, 1 - _TINY)
-    found: FloatArray = np.log(given) - np.log1p(-given)
-    return found
+    clipped = np.clip(np.asarray(scores, dtype=np.float64), _TINY, 1 - _TINY)
+    logits: FloatArray = np.log(clipped) - np.log1p(-clipped)
+    return logits
 
 
 def _sigmoid(logits: FloatArray) -> FloatArray:
     """Return the sigmoid, without overflow at either end."""
     small = np.exp(-np.abs(logits))
-    found: FloatArray = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
-    return found
+    values: FloatArray = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+    return values
 
 
 class Reliability(NamedTuple):
@@ -208,11 +208,11 @@ def best_f1_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
 
     It lies within [0.05, 0.95]; 0.5 where there is no positive. Arguments may have any shape.
     """
-    found = _thresholds(scores, targets)
-    if found is None:
+    points = _thresholds(scores, targets)
+    if points is None:
         return 0.5
-    thresholds, given, right = found
-    f1 = 2 * right / (given + right[-1])
+    thresholds, predicted, right = points
+    f1 = 2 * right / (predicted + right[-1])
     return float(np.clip(thresholds[int(f1.argmax())], _LOWEST, _HIGHEST))
 
 
@@ -222,11 +222,11 @@ def precision_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike, precision
     It lies within [0.05, 1], midway between the scores on its two sides; 1 where no threshold gives
     the precision: the tag is then all but never given. Arguments may have any shape.
     """
-    found = _thresholds(scores, targets)
-    if found is None:
+    points = _thresholds(scores, targets)
+    if points is None:
         return 1.0
-    thresholds, given, right = found
-    fit = np.flatnonzero((right >= precision * given) & (thresholds >= _LOWEST))
+    thresholds, predicted, right = points
+    fit = np.flatnonzero((right >= precision * predicted) & (thresholds >= _LOWEST))
     return float(thresholds[fit[-1]]) if len(fit) else 1.0
 
 
@@ -240,8 +240,8 @@ def _thresholds(
     truth = np.asarray(targets).astype(np.bool_).ravel()
     if not truth.any():
         return None
-    found = cuts(np.asarray(scores, dtype=np.float64).ravel(), truth)
-    return (found.scores + np.append(found.scores[1:], 0.0)) / 2, found.given, found.right
+    points = cuts(np.asarray(scores, dtype=np.float64).ravel(), truth)
+    return (points.scores + np.append(points.scores[1:], 0.0)) / 2, points.given, points.right
 
 
 def fit_thresholds(

@@ -73,10 +73,10 @@ class GapMeter:
             return 0.0
         scores, places, hits = (np.concatenate(each) for each in zip(*self._chosen, strict=True))
         levels, level = np.unique(-scores, return_inverse=True)
-        found = np.bincount(level, weights=hits, minlength=len(levels))
-        given = np.bincount(level, weights=places, minlength=len(levels))
-        precision = np.cumsum(found) / np.cumsum(given)
-        return float((found * precision)[found > 0].sum() / self._positives)
+        hits_of_level = np.bincount(level, weights=hits, minlength=len(levels))
+        places_of_level = np.bincount(level, weights=places, minlength=len(levels))
+        precision = np.cumsum(hits_of_level) / np.cumsum(places_of_level)
+        return float((hits_of_level * precision)[hits_of_level > 0].sum() / self._positives)
 
 
 def _share_at(scores: FloatArray, truth: BoolArray, edge: FloatArray) -> FloatArray:
@@ -113,12 +113,14 @@ def precision_at_equal_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> 
     numbers, truth = _checked(scores, targets)
     if not numbers.size:
         return 0.0
-    wanted = truth.sum(axis=1, keepdims=True)  # (samples, 1)
-    last = np.take_along_axis(-np.sort(-numbers, axis=1), np.maximum(wanted - 1, 0), axis=1)
+    label_counts = truth.sum(axis=1, keepdims=True)  # (samples, 1)
+    last = np.take_along_axis(-np.sort(-numbers, axis=1), np.maximum(label_counts - 1, 0), axis=1)
     above = numbers > last
     hits = (above & truth).sum(axis=1)
-    hits = hits + (wanted[:, 0] - above.sum(axis=1)) * _share_at(numbers, truth, last)
-    return float(np.where(wanted[:, 0] > 0, hits / np.maximum(wanted[:, 0], 1), 0.0).mean())
+    hits = hits + (label_counts[:, 0] - above.sum(axis=1)) * _share_at(numbers, truth, last)
+    return float(
+        np.where(label_counts[:, 0] > 0, hits / np.maximum(label_counts[:, 0], 1), 0.0).mean()
+    )
 
 
 class Cuts(NamedTuple):
@@ -150,9 +152,9 @@ def average_precisions(scores: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDA
     numbers, truth = _checked(scores, targets)
     result = np.full(numbers.shape[1], np.nan)
     for column in np.flatnonzero(truth.any(axis=0)):
-        _, given, right = cuts(numbers[:, column], truth[:, column])
+        _, predicted, right = cuts(numbers[:, column], truth[:, column])
         recall_steps = np.diff(right, prepend=0) / right[-1]
-        result[column] = float((recall_steps * (right / given)).sum())
+        result[column] = float((recall_steps * (right / predicted)).sum())
     return result
 
 
@@ -222,9 +224,9 @@ def precision_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Precision
     numbers, truth = _checked(*(np.asarray(v).reshape(-1, 1) for v in (scores, targets)))
     if not len(numbers):
         return PrecisionRecall(np.empty(0), np.empty(0), np.empty(0))
-    found = cuts(numbers[:, 0], truth[:, 0])
+    points = cuts(numbers[:, 0], truth[:, 0])
     return PrecisionRecall(
-        found.right / found.given, found.right / max(1, int(found.right[-1])), found.scores
+        points.right / points.given, points.right / max(1, int(points.right[-1])), points.scores
     )
 
 

@@ -75,7 +75,7 @@ class InputSchema:
         float16 ``(n, dim)`` with 1 ≤ n ≤ tokens, for the streams that are there and that the model
         knows; all streams of the modalities ``without`` are left out.
         """
-        found: dict[Stream, list[FeatureArray]] = {}
+        arrays: dict[Stream, list[FeatureArray]] = {}
         for stream in STREAMS:
             array = features.arrays.get(stream)
             if array is None or modality_of(stream) in without or not len(array):
@@ -88,10 +88,10 @@ class InputSchema:
                     f"post {features.post_id}: {stream} features are {array.shape}, "
                     f"the model takes (n, {self.dims[target]})"
                 )
-            found.setdefault(target, []).append(array)
+            arrays.setdefault(target, []).append(array)
         return {
             s: _thin(parts[0] if len(parts) == 1 else np.concatenate(parts), self.tokens[s], s)
-            for s, parts in found.items()
+            for s, parts in arrays.items()
         }
 
 
@@ -390,8 +390,8 @@ class ModalityDropout(nn.Module):
         draw = torch.rand(present.shape, device=present.device)
         # The present one with the highest draw always stays.
         stays = draw.masked_fill(~present, -1.0).argmax(dim=1, keepdim=True)
-        kept = (draw >= self.chance).scatter(1, stays, True)
-        kept_of = {m: kept[:, i : i + 1] for i, m in enumerate(names)}  # (posts, 1) each
+        keeps = (draw >= self.chance).scatter(1, stays, True)
+        kept_of = {m: keeps[:, i : i + 1] for i, m in enumerate(names)}  # (posts, 1) each
         return {s: mask & kept_of[modality_of(s)] for s, mask in masks.items()}
 
 

@@ -86,9 +86,9 @@ class KNN(FusionModel):
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
         alone = {m: self._vectors(m, masked_mean(tokens[m], masks[m])) for m in self.streams}
-        there = torch.stack([masks[m].any(dim=1) for m in self.streams], dim=1)
+        present = torch.stack([masks[m].any(dim=1) for m in self.streams], dim=1)
         odds = torch.stack([self._odds(*self._nearest(m, alone[m])) for m in self.streams], dim=1)
-        return Fused(self.bias + (self.mixing * there[:, :, None] * odds).sum(dim=1), alone)
+        return Fused(self.bias + (self.mixing * present[:, :, None] * odds).sum(dim=1), alone)
 
     def _vectors(self, stream: Stream, means: torch.Tensor) -> torch.Tensor:
         return functional.normalize(self.centres[stream](means), dim=1)
@@ -123,14 +123,14 @@ class KNN(FusionModel):
     def solutions(self, batches: Iterable[Batch]) -> Iterator[float]:
         """Take in the training posts, and what their neighbours tell best; yield the loss."""
         means: dict[Stream, list[torch.Tensor]] = {m: [] for m in self.streams}
-        there: list[torch.Tensor] = []
+        present: list[torch.Tensor] = []
         truth = []
         for batch in batches:
             for m in self.streams:
                 means[m].append(masked_mean(batch.tokens[m], batch.masks[m]))
-            there.append(torch.stack([batch.masks[m].any(dim=1) for m in self.streams], dim=1))
+            present.append(torch.stack([batch.masks[m].any(dim=1) for m in self.streams], dim=1))
             truth.append(batch.truth)
-        has, targets = torch.cat(there), torch.cat(truth)
+        has, targets = torch.cat(present), torch.cat(truth)
         self.truth = targets > 0
         shares = (self.truth.sum(dim=0) + 0.5) / (len(targets) + 1)
         self.prior = torch.logit(shares)
@@ -153,8 +153,8 @@ class KNN(FusionModel):
                 self.neighbours.fill_(count)
                 self.temperature.fill_(temperature)
                 odds = targets.new_zeros(*has.shape, targets.shape[1])  # (posts, streams, classes)
-                for i, found in enumerate(nearest):
-                    split = (torch.split(each, _BLOCK) for each in found)
+                for i, neighbours in enumerate(nearest):
+                    split = (torch.split(each, _BLOCK) for each in neighbours)
                     said = [self._odds(*part) for part in zip(*split, strict=True)]
                     odds[has[:, i], i] = torch.cat(said)
                 mixing, bias, loss = self._weights(odds, targets)
@@ -169,8 +169,8 @@ class KNN(FusionModel):
         """Return what `_nearest` finds for training posts in sorted rows ``asked``."""
         known, rows = self.get_buffer(f"vectors_{stream}"), self.get_buffer(f"posts_{stream}")
         at = torch.searchsorted(rows, asked)
-        found = [self._nearest(stream, known[a], rows[a]) for a in torch.split(at, _BLOCK)]
-        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+        neighbours = [self._nearest(stream, known[a], rows[a]) for a in torch.split(at, _BLOCK)]
+        return torch.cat([f[0] for f in neighbours]), torch.cat([f[1] for f in neighbours])
 
     def _weights(
         self, odds: torch.Tensor, targets: torch.Tensor

@@ -49,8 +49,8 @@ class LateFusion(FusionModel):
         # Detached: the loss of the mean trains its weights only.
         heads = self._own_heads()
         said = torch.stack([heads[m](alone[m]).detach() for m in self.streams], dim=1)
-        there = torch.stack([masks[m].any(dim=1) for m in self.streams], dim=1)
-        there = there | ~there.any(dim=1, keepdim=True)  # (posts, streams)
+        present = torch.stack([masks[m].any(dim=1) for m in self.streams], dim=1)
+        present = present | ~present.any(dim=1, keepdim=True)  # (posts, streams)
         # (posts, streams, classes)
-        weights = self.mixing.masked_fill(~there[:, :, None], float("-inf")).softmax(dim=1)
+        weights = self.mixing.masked_fill(~present[:, :, None], float("-inf")).softmax(dim=1)
         return Fused((weights * said).sum(dim=1), alone)

@@ -97,8 +97,8 @@ class LinearProbe(FusionModel):
     ) -> Fused:
         alone = {}
         for m in self.streams:
-            there = masks[m].any(dim=1, keepdim=True)
-            alone[m] = self._rows(m, self._mean(tokens[m], masks[m])) * there
+            present = masks[m].any(dim=1, keepdim=True)
+            alone[m] = self._rows(m, self._mean(tokens[m], masks[m])) * present
         logits = self.classify(torch.cat([alone[m] for m in self.streams], dim=1))
         if len(self.each):
             said = torch.stack([logits, *(self.each[m](alone[m]) for m in self.streams)])
@@ -117,18 +117,18 @@ class LinearProbe(FusionModel):
     def solutions(self, batches: Iterable[Batch]) -> Iterator[float]:
         """Set the weights of one penalty after another; yield the loss of each."""
         means: dict[Stream, list[torch.Tensor]] = {m: [] for m in self.streams}
-        there: dict[Stream, list[torch.Tensor]] = {m: [] for m in self.streams}
+        present: dict[Stream, list[torch.Tensor]] = {m: [] for m in self.streams}
         truth, authors = [], list[str]()
         for batch in batches:
             for m in self.streams:
                 tokens, mask = batch.tokens[m], batch.masks[m]
                 means[m].append(self._mean(tokens, mask))
-                there[m].append(mask.any(dim=1))
+                present[m].append(mask.any(dim=1))
             truth.append(batch.truth)
             authors += batch.authors
         parts, rows = [], []
         for m in self.streams:
-            vectors, has = torch.cat(means[m]), torch.cat(there[m])
+            vectors, has = torch.cat(means[m]), torch.cat(present[m])
             cast("Centre", self.centres[m]).fit(vectors[has])
             parts.append(self._rows(m, vectors) * has[:, None])
             rows.append(has)
@@ -146,23 +146,23 @@ class LinearProbe(FusionModel):
                 heads.append(self.each[m])
                 theirs = self._dealt(list(compress(authors, has.tolist())))
                 solved.append(logistic(part[has], targets[has], self._penalties, own, theirs))
-        for found in zip(*solved, strict=True):
+        for solution in zip(*solved, strict=True):
             with torch.no_grad():
-                for head, (weight, bias, _) in zip(heads, found, strict=True):
+                for head, (weight, bias, _) in zip(heads, solution, strict=True):
                     head.weight.copy_(weight)
                     head.bias.copy_(bias)
-            yield sum(loss for _, _, loss in found) / len(found)
+            yield sum(loss for _, _, loss in solution) / len(solution)
 
     def _dealt(self, authors: Sequence[str]) -> Authors | None:
         return Authors.of(authors) if self._calibrated else None
 
 
-def mean_score(logits: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+def mean_score(logits: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """Return logits of the mean probability of several models ``(models, posts, classes)``.
 
     Only of those with True in ``there`` ``(models, posts)``, of which each post has one.
     """
-    lost = ~there[:, :, None]
+    lost = ~present[:, :, None]
     yes, no = (
         logsigmoid(each).masked_fill(lost, float("-inf")).logsumexp(dim=0)
         for each in (logits, -logits)
@@ -330,10 +330,10 @@ def logistic(
     for penalty in penalties:
         problem.minimum(penalty, weight, bias, _ITERATIONS)
         loss = float(binary_cross_entropy_with_logits(problem.logits(weight, bias), targets))
-        found, shift = weight if rotation is None else weight @ rotation.T, bias
+        slope, shift = weight if rotation is None else weight @ rotation.T, bias
         if start is not None:
-            found, shift = found + start[0], bias + start[1]
+            slope, shift = slope + start[0], bias + start[1]
         if authors is not None:
             scale, offset = problem.calibration(penalty, authors)
-            found, shift = scale[:, None] * found, scale * shift + offset
-        yield found.clone(), shift.clone(), loss
+            slope, shift = scale[:, None] * slope, scale * shift + offset
+        yield slope.clone(), shift.clone(), loss

@@ -76,8 +76,10 @@ class TagText(FusionModel):
     ) -> Fused:
         alone = {m: self.post_vectors(m, tokens[m], masks[m]) for m in self.streams}
         said = [alone[m] @ self.vectors[self.spaces[m]].T for m in self.streams]
-        there = torch.stack([masks[m].any(dim=1) for m in self.streams], dim=1)  # (posts, streams)
-        mean = mixed(torch.stack(said, dim=1), there, self.mixing)
+        present = torch.stack(
+            [masks[m].any(dim=1) for m in self.streams], dim=1
+        )  # (posts, streams)
+        mean = mixed(torch.stack(said, dim=1), present, self.mixing)
         return Fused(self.scale * mean + self.bias, alone)
 
     def post_vectors(
@@ -91,12 +93,12 @@ class TagText(FusionModel):
         return functional.normalize(vectors, dim=1)
 
 
-def mixed(said: torch.Tensor, there: torch.Tensor, mixing: torch.Tensor) -> torch.Tensor:
+def mixed(said: torch.Tensor, present: torch.Tensor, mixing: torch.Tensor) -> torch.Tensor:
     """Return the weighted mean ``(posts, classes)`` over the streams that are there; 0 for none.
 
     ``(posts, streams, classes)``, bool ``(posts, streams)``, and ``(streams, classes)``: weights
     before a softmax.
     """
-    some = there | ~there.any(dim=1, keepdim=True)  # no softmax over nothing
+    some = present | ~present.any(dim=1, keepdim=True)  # no softmax over nothing
     weights = mixing.masked_fill(~some[:, :, None], float("-inf")).softmax(dim=1)
-    return (weights * there[:, :, None] * said).sum(dim=1)
+    return (weights * present[:, :, None] * said).sum(dim=1)

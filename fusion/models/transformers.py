@@ -337,8 +337,8 @@ class MBT(FusionModel):
         shared = self.bottlenecks.expand(posts, -1, -1)  # (posts, bottlenecks, width)
         for layer in self.blocks[self.first_shared :]:
             streams, shared = self._exchange(layer, streams, seen, shared)
-        there = torch.stack([masks[m].any(dim=1) for m in self.streams], dim=1)
-        weights = (there | ~there.any(dim=1, keepdim=True)).float()  # (posts, modalities)
+        present = torch.stack([masks[m].any(dim=1) for m in self.streams], dim=1)
+        weights = (present | ~present.any(dim=1, keepdim=True)).float()  # (posts, modalities)
         weights = weights / weights.sum(dim=1, keepdim=True)
         said = [self.classify(self.dropout(self.norms[m](streams[m][:, 0]))) for m in streams]
         logits = (torch.stack(said, dim=1) * weights[:, :, None]).sum(dim=1)
@@ -359,8 +359,8 @@ class MBT(FusionModel):
             start = self.starts[stream].expand(mask.shape[0], 1, -1)
             stand_in = self.missing[stream].expand(mask.shape[0], 1, -1)
             streams[stream] = self.dropout(torch.cat([start, projected, stand_in], dim=1))
-            there = mask.any(dim=1, keepdim=True)
-            seen[stream] = torch.cat([torch.ones_like(there), mask, ~there], dim=1)
+            present = mask.any(dim=1, keepdim=True)
+            seen[stream] = torch.cat([torch.ones_like(present), mask, ~present], dim=1)
         return streams, seen
 
     def _exchange(
@@ -372,14 +372,14 @@ class MBT(FusionModel):
     ) -> tuple[dict[Stream, torch.Tensor], torch.Tensor]:
         count = shared.shape[1]
         always = torch.ones(shared.shape[:2], dtype=torch.bool, device=shared.device)
-        found: dict[Stream, torch.Tensor] = {}
+        exchanged: dict[Stream, torch.Tensor] = {}
         updates: list[torch.Tensor] = []
         for stream, block in _of_streams(layer):
             both = torch.cat([shared, streams[stream]], dim=1)
             mixed = block(both, torch.cat([always, seen[stream]], dim=1))
             updates.append(mixed[:, :count])
-            found[stream] = mixed[:, count:]
-        return found, torch.stack(updates).mean(dim=0)
+            exchanged[stream] = mixed[:, count:]
+        return exchanged, torch.stack(updates).mean(dim=0)
 
 
 def _of_streams(layer: nn.Module) -> list[tuple[Stream, nn.Module]]:

@@ -62,9 +62,9 @@ def training_curves(
 def pr_curves(predictions: Predictions, rows: Sequence[TagRow]) -> list[Chart]:
     """Return precision over recall: all tags together, then the best and the worst tags."""
     step = max(1, predictions.scores.size // _MOST_DECISIONS)
-    given, truth = predictions.given, predictions.targets
-    right = float((given & truth).sum())
-    point = (right / max(1, truth.sum()), right / max(1, given.sum()))
+    predicted, truth = predictions.given, predictions.targets
+    right = float((predicted & truth).sum())
+    point = (right / max(1, truth.sum()), right / max(1, predicted.sum()))
     curve = _curve(predictions.scores[::step], truth[::step], "", 0)
     measured = sorted((r for r in rows if r.ap is not None), key=lambda r: -(r.ap or 0))
     half = min(_CURVES, -(-len(measured) // 2))

@@ -82,9 +82,9 @@ class TagRow(NamedTuple):
 
 def tag_rows(predictions: Predictions) -> list[TagRow]:
     """Return a row for each tag, in label order."""
-    given, truth = predictions.given, predictions.targets
+    predicted, truth = predictions.given, predictions.targets
     aps = metrics.average_precisions(predictions.scores, truth)
-    sums = (each.sum(axis=0).tolist() for each in (truth, given, given & truth))
+    sums = (each.sum(axis=0).tolist() for each in (truth, predicted, predicted & truth))
 
     def share(part: int, whole: int) -> float | None:
         return part / whole if whole else None
@@ -119,9 +119,9 @@ class Confusion(NamedTuple):
 
 def confusion_counts(predictions: Predictions) -> npt.NDArray[np.int64]:
     """Count posts in which the row's tag was missed and the column's wrongly given."""
-    given, truth = predictions.given, predictions.targets
-    missed = (truth & ~given).astype(np.float32)
-    wrong = (given & ~truth).astype(np.float32)
+    predicted, truth = predictions.given, predictions.targets
+    missed = (truth & ~predicted).astype(np.float32)
+    wrong = (predicted & ~truth).astype(np.float32)
     # In float32, which counts exactly to 16 million: integer matrices multiply slowly.
     counts: npt.NDArray[np.int64] = np.rint(missed.T @ wrong).astype(np.int64)
     return counts
@@ -151,14 +151,14 @@ class Mistake(NamedTuple):
 
 def worst(predictions: Predictions, most: int) -> dict[str, list[Mistake]]:
     """Return the tags of the highest loss, ``wrongly given`` and ``missed``, ``most`` of each."""
-    given, truth = predictions.given, predictions.targets
-    found: dict[str, list[Mistake]] = {}
-    for kind, where in (("wrongly given", given & ~truth), ("missed", truth & ~given)):
+    predicted, truth = predictions.given, predictions.targets
+    mistakes: dict[str, list[Mistake]] = {}
+    for kind, where in (("wrongly given", predicted & ~truth), ("missed", truth & ~predicted)):
         rows, tags = np.nonzero(where)
         scores = predictions.scores[rows, tags].astype(np.float64)
         losses = -np.log(np.maximum(1 - scores if kind == "wrongly given" else scores, _TINY))
-        found[kind] = [
+        mistakes[kind] = [
             Mistake(int(rows[i]), int(tags[i]), float(scores[i]), float(losses[i]))
             for i in np.argsort(-losses, kind="stable")[:most]
         ]
-    return found
+    return mistakes

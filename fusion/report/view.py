@@ -63,13 +63,13 @@ def view_post(
     if post_url is not None:
         address = post_url.replace("{post_id}", quote(post_id, safe=""))
         media.append(MediaView("open the post", address))
-    left = _THUMBNAILS if thumbnails else 0
+    thumbnails_left = _THUMBNAILS if thumbnails else 0
     for kind, key in MEDIA_KEYS.items():
         for i, source in enumerate(_listed(entry.get(key)), 1):
             href = _href(source, data_file, report) if post_url is None else ""
-            path = _local(source, data_file) if kind == "image" and left else None
+            path = _local(source, data_file) if kind == "image" and thumbnails_left else None
             small = thumbnail(path) if path is not None else ""
-            left -= bool(small)
+            thumbnails_left -= bool(small)
             if (small or href) and len(media) < _MEDIA:
                 media.append(MediaView(media_name(source, kind, i), href, small))
     return PostView(shortened(text), tuple(media))

@@ -111,9 +111,9 @@ def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:
     return checkpoint
 
 
-def difference(found: str, wanted: str) -> str:
+def difference(saved: str, current: str) -> str:
     """Return the first difference of two signatures, as the end of a sentence."""
-    before, now = json.loads(found), json.loads(wanted)
+    before, now = json.loads(saved), json.loads(current)
     key = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
     was, wants = (json.dumps(side.get(key), ensure_ascii=False)[:200] for side in (before, now))
     return f"was made with another {key}: {was}, this run has {wants}"
@@ -202,15 +202,15 @@ def fill(model: torch.nn.Module, start: Start) -> None:
 
 def check_fit(model: torch.nn.Module, start: Start) -> None:
     """See whether the weights are this model's, by name and shape."""
-    found = start.checkpoint.model
+    saved = start.checkpoint.model
     if isinstance(model, FusionModel):
-        model.make_room(found)
-    wanted = model.state_dict()
-    for name in sorted({*wanted, *found}):
-        if name not in found or name not in wanted:
-            reason = "is missing" if name not in found else "is no part of this model"
-        elif wanted[name].shape != found[name].shape:
-            reason = f"has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+        model.make_room(saved)
+    current = model.state_dict()
+    for name in sorted({*current, *saved}):
+        if name not in saved or name not in current:
+            reason = "is missing" if name not in saved else "is no part of this model"
+        elif current[name].shape != saved[name].shape:
+            reason = f"has shape {tuple(saved[name].shape)}, not {tuple(current[name].shape)}"
         else:
             continue
         raise ConfigError(f"{start.path}: does not fit this model: {name} {reason}")
@@ -219,8 +219,8 @@ def check_fit(model: torch.nn.Module, start: Start) -> None:
 def _bundled(folder: Path, path: Path, signed: str) -> Start:
     bundle = load_bundle(folder)
     model = bundle.members[0]
-    found = model_signature(bundle.settings, bundle.manifest, bundle.schema, bundle.labels)
-    if found != signed:
-        raise ConfigError(f"{path}: {difference(found, signed)}")
+    signature = model_signature(bundle.settings, bundle.manifest, bundle.schema, bundle.labels)
+    if signature != signed:
+        raise ConfigError(f"{path}: {difference(signature, signed)}")
     learned = bundle.learned_from.as_text()
     return Start(path, Checkpoint(signed, Progress(0), model.state_dict(), learned_from=learned))

@@ -183,10 +183,12 @@ def _reports() -> bool:
 
 
 def _gpus(settings: TrainerSettings) -> int:
-    there = torch.cuda.device_count()
-    count = min(1, there) if settings.n_gpu is None else settings.n_gpu
-    if count > there:
-        raise ConfigError(f"trainer.n_gpu: {count} GPUs requested, but this machine has {there}")
+    available = torch.cuda.device_count()
+    count = min(1, available) if settings.n_gpu is None else settings.n_gpu
+    if count > available:
+        raise ConfigError(
+            f"trainer.n_gpu: {count} GPUs requested, but this machine has {available}"
+        )
     if count and settings.processes > 1:
         raise ConfigError("trainer.processes: are for the CPU; for GPUs use n_gpu")
     return count

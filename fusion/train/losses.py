@@ -69,7 +69,7 @@ def two_way_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor,
-    there: torch.Tensor,
+    present: torch.Tensor,
     settings: TwoWaySettings,
 ) -> torch.Tensor:
     """Return how far positives stand below negatives: in each post, and in each class, summed.
@@ -81,7 +81,7 @@ def two_way_loss(
 
     Source: Kobayashi, "Two-way Multi-Label Loss", CVPR 2023, equations 6 to 9.
     """
-    logits, targets = logits[there], targets[there]  # (n, classes)
+    logits, targets = logits[present], targets[present]  # (n, classes)
     total = logits.sum() * 0  # a gradient also where nothing can be compared
     for dim, weight in ((1, logits.new_ones(logits.shape[:1])), (0, weights)):
         # A row without a positive has no worst positive; one without a negative no worst negative.
@@ -124,7 +124,7 @@ class TaggingLoss(nn.Module):
         self.register_buffer("weights", class_weights(positives, settings.class_balance), False)
 
     def forward(
-        self, logits: torch.Tensor, targets: torch.Tensor, there: torch.Tensor | None = None
+        self, logits: torch.Tensor, targets: torch.Tensor, present: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the mean cost of logits and targets in [0, 1], both ``(posts, classes)``.
 
@@ -136,14 +136,14 @@ class TaggingLoss(nn.Module):
         if settings.label_smoothing:
             targets = smoothed(targets, settings.label_smoothing)
         if settings.name == "two_way":
-            if there is None:
-                there = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-            return two_way_loss(logits, targets, self.weights, there, settings.two_way)
+            if present is None:
+                present = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            return two_way_loss(logits, targets, self.weights, present, settings.two_way)
         costs = _FORMS[settings.name](logits, targets, settings) * self.weights  # (posts, classes)
-        if there is None:
+        if present is None:
             return costs.mean()
         # Chosen, not multiplied: 0 · inf is NaN, and (posts, 1, 1) · (posts,) would mask nothing.
-        return torch.where(there[:, None], costs, 0.0).mean()
+        return torch.where(present[:, None], costs, 0.0).mean()
 
 
 _FORMS: Mapping[LossName, Callable[[torch.Tensor, torch.Tensor, LossSettings], torch.Tensor]] = {

@@ -32,16 +32,16 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[Para
     `FusionModel` is one stage.
     """
     stages, kept = _stages(model)
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         rate = _rate(name, stages, settings)
         decays = parameter.ndim > 1 and name not in kept
         key = (rate, settings.weight_decay if decays else 0.0)
-        found.setdefault(key, []).append(parameter)
+        groups.setdefault(key, []).append(parameter)
     # The highest rate first: it is the one that the log shows.
-    ordered = sorted(found.items(), key=lambda item: (-item[0][0], -item[0][1]))
+    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
     return [
         # The name comes along into the checkpoint: another optimizer cannot go on from it.
         {"params": p, "lr": rate, "weight_decay": decay, "optimizer": settings.name}

@@ -86,13 +86,13 @@ def train_settings(options: TrainOptions) -> TrainSettings | BackboneTrainSettin
 
     The file's ``task`` tells what is trained, and with it which keys there are.
     """
-    given = given_options(options, _TRAIN_KEYS)
+    overrides = given_options(options, _TRAIN_KEYS)
     if options.save_dir is not None:
-        given = merge(given, {"trainer": {"save_dir": options.save_dir}})
-    if given.get("trainer", {}).get("epochs") == 0:
-        del given["trainer"]["epochs"]
+        overrides = merge(overrides, {"trainer": {"save_dir": options.save_dir}})
+    if overrides.get("trainer", {}).get("epochs") == 0:
+        del overrides["trainer"]["epochs"]
     path = options.model_config
-    return layered(_task(path, options.overrides), path, TRAIN_CONFIG, given, options.overrides)
+    return layered(_task(path, options.overrides), path, TRAIN_CONFIG, overrides, options.overrides)
 
 
 def _task(path: Path | None, sets: list[str]) -> type[TrainSettings | BackboneTrainSettings]:

@@ -274,8 +274,8 @@ def reasons(
         return None
 
     parts = gathered(fabric, by_item(fabric, items, reason, title, progress=progress))
-    found = {item: why for part in parts for item, why in part if why is not None}
-    return [(item, found[item]) for item in items if item in found]
+    reason_of = {item: why for part in parts for item, why in part if why is not None}
+    return [(item, reason_of[item]) for item in items if item in reason_of]
 
 
 def by_item(
@@ -283,11 +283,11 @@ def by_item(
 ) -> list[tuple[Item, T]]:
     """Return this process's part of the items with what ``work`` gives for each, in order."""
     mine = items[fabric.global_rank :: fabric.world_size]
-    found: list[tuple[Item, T]] = []
+    results: list[tuple[Item, T]] = []
     shown = progress_bar(title, len(mine), enabled=progress)
     with shown as bar, ThreadPoolExecutor(_READERS) as readers:
         for start in range(0, len(mine), _AT_ONCE):
             some = mine[start : start + _AT_ONCE]
-            found += zip(some, readers.map(work, some), strict=True)
+            results += zip(some, readers.map(work, some), strict=True)
             bar.advance(len(some))
-    return found
+    return results

@@ -109,16 +109,16 @@ def read_run(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    found: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
     for line in lines:
         try:
             event = json.loads(line)
         except ValueError:
             continue
         if event.get("event") == "begin":
-            found = [e for e in found if _at(e, event) <= event["done"]] if event["done"] else []
-        found.append(event)
-    return found
+            events = [e for e in events if _at(e, event) <= event["done"]] if event["done"] else []
+        events.append(event)
+    return events
 
 
 def _at(event: dict[str, Any], begin: dict[str, Any]) -> int:

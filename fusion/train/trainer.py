@@ -457,27 +457,27 @@ def score_posts(
     _share_buffers(fabric, model)
     training = model.training
     model.eval()
-    found: list[torch.Tensor] = []
+    scores: list[torch.Tensor] = []
     with torch.inference_mode(), closing(loading.batches(posts, rows)) as batches:
         for batch in batches:
             # In full precision whatever the training's: as the bundle will be served.
             logits = model(batch.to(fabric.device)).float().cpu()
-            found.append(torch.stack([logits, batch.truth]))  # (2, posts, classes)
+            scores.append(torch.stack([logits, batch.truth]))  # (2, posts, classes)
     model.train(training)
-    both = _gathered(fabric, found, count) if world > 1 else torch.cat(found, dim=1)
+    both = _gathered(fabric, scores, count) if world > 1 else torch.cat(scores, dim=1)
     return both[0].numpy(), both[1].numpy()
 
 
-def _gathered(fabric: Fabric, found: list[torch.Tensor], count: int) -> torch.Tensor:
+def _gathered(fabric: Fabric, scores: list[torch.Tensor], count: int) -> torch.Tensor:
     """Join the parts of all processes to ``(2, posts, classes)`` in the posts' order."""
     world, device = fabric.world_size, fabric.device
     # A process without a post does not know how many classes there are.
-    classes = torch.tensor(found[0].shape[2] if found else 0, device=device)
+    classes = torch.tensor(scores[0].shape[2] if scores else 0, device=device)
     distributed.all_reduce(classes, distributed.ReduceOp.MAX)
     rows = -(-count // world)
     padded = torch.zeros(2, rows, int(classes), device=device)
-    if found:
-        mine = torch.cat(found, dim=1)
+    if scores:
+        mine = torch.cat(scores, dim=1)
         padded[:, : mine.shape[1]] = mine.to(device)
     parts = [torch.empty_like(padded) for _ in range(world)]
     distributed.all_gather(parts, padded)

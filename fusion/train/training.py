@@ -305,21 +305,21 @@ def _report(
     )
 
 
-def _subtitle(settings: TrainSettings, held: int, *, seen: bool) -> str:
-    if not held:
+def _subtitle(settings: TrainSettings, held_out: int, *, seen: bool) -> str:
+    if not held_out:
         if settings.data.test is not None:
             return "There are no validation posts: the figures are on the test posts."
         return "There are no validation posts: nothing was measured."
     if seen:
         return (
-            f"Measured on {held:,} training posts: parts of the model were trained on every one of "
-            "them, so no figure here says anything about new posts. Extract features out of fold "
-            "(scripts/out_of_fold_features.py), or validate on other posts."
+            f"Measured on {held_out:,} training posts: parts of the model were trained on every "
+            "one of them, so no figure here says anything about new posts. Extract features out of "
+            "fold (scripts/out_of_fold_features.py), or validate on other posts."
         )
     folds = settings.ensemble.folds
     if folds and settings.ensemble.pool_valid:
-        return f"Measured on {held:,} posts, each with the model that was not trained on it."
-    return f"Measured on {held:,} validation posts."
+        return f"Measured on {held_out:,} posts, each with the model that was not trained on it."
+    return f"Measured on {held_out:,} validation posts."
 
 
 def _facts(
@@ -356,10 +356,10 @@ def _views(
     places: Sequence[tuple[PostList, int]],
 ) -> Mapping[int, PostView]:
     """Return views of some posts, from the data files, by row."""
-    found = {}
+    views = {}
     for row in set(rows):
         posts, place = places[row]
-        found[row] = view_post(
+        views[row] = view_post(
             posts[place].post_id,
             posts.entry(place),
             data_file=posts.file(place),
@@ -367,4 +367,4 @@ def _views(
             post_url=settings.report.post_url,
             thumbnails=settings.report.thumbnails,
         )
-    return found
+    return views

@@ -56,12 +56,12 @@ class Range:
             raise mistake
         if ".." not in values:
             try:
-                found = tuple(yaml.safe_load(each) for each in values.split("|"))
+                parsed = tuple(yaml.safe_load(each) for each in values.split("|"))
             except yaml.YAMLError as error:
                 raise mistake from error
-            if any(isinstance(each, (list, dict)) for each in found):
+            if any(isinstance(each, (list, dict)) for each in parsed):
                 raise mistake
-            return cls(key.strip(), choices=found)
+            return cls(key.strip(), choices=parsed)
         try:
             low, high = (float(end) for end in values.split(".."))
         except ValueError as error:

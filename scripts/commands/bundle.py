@@ -316,9 +316,9 @@ def _served_before(bundle: Path) -> Path:
 
 def _states(fusion: FusionSettings) -> dict[Path, str]:
     """Return the state of each folder that has one."""
-    kept = dict.fromkeys(kept_bundles(fusion.bundle), "kept")
+    states = dict.fromkeys(kept_bundles(fusion.bundle), "kept")
     named = {shadow_folder(fusion).resolve(): "shadow", fusion.bundle.resolve(): "served"}
-    return {**kept, **named}
+    return {**states, **named}
 
 
 def _read(command: str, folder: Path) -> BundleFiles:

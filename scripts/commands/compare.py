@@ -145,18 +145,18 @@ def _of_results(names: Sequence[str], posts: Iterator[Documents]) -> dict[str, A
     if not found:
         raise ConfigError(f"bundle compare: no post is in both {' and '.join(names)}")
     sides_of = ([post[1] for post in found], [post[2] for post in found])
-    given = [
+    predicted = [
         [{str(tag["name"]): float(tag["score"]) for tag in each["tags"]} for each in results]
         for results in sides_of
     ]
-    named = dict.fromkeys(name for side in given for tags in side for name in tags)
+    named = dict.fromkeys(name for side in predicted for tags in side for name in tags)
     known = list(named | dict.fromkeys(name for post in found for name in post[3]))
     agreement = Agreement(known, known)
     place = {name: i for i, name in enumerate(agreement.names)}
     for start in range(0, len(found), _BATCH):
         batch = found[start : start + _BATCH]
         sides: list[Scored] = []
-        for side in given:
+        for side in predicted:
             scores = np.full((len(batch), len(place)), np.nan)
             for row, tags in enumerate(side[start : start + _BATCH]):
                 for name, score in tags.items():
@@ -199,10 +199,10 @@ def _of_bundles(
             tags = inferer.predict(
                 [files.features(r.post_id, r.features, inferer.fingerprints) for r in batch]
             )
-            given = np.zeros((len(batch), len(inferer.labels)), np.bool_)
+            predicted = np.zeros((len(batch), len(inferer.labels)), np.bool_)
             for row, each in enumerate(tags):
-                given[row, inferer.labels.encode([tag.name for tag in each.tags])] = True
-            sides.append(Scored(np.stack([each.scores for each in tags]), given))
+                predicted[row, inferer.labels.encode([tag.name for tag in each.tags])] = True
+            sides.append(Scored(np.stack([each.scores for each in tags]), predicted))
         _add(agreement, [record.post_id for record in batch], sides, labels, str(data))
     content = agreement.result()
     if not content["posts"]:
@@ -242,13 +242,13 @@ def _named(result: Mapping[str, Any], state: str) -> str:
 
 
 def _print(content: Mapping[str, Any]) -> None:
-    posts, given, scores = content["posts"], content["tags_given"], content["scores"]
-    same, shared = content["same_tags"], f"{given['both']} of both"
-    alone = f"{given['only_first']} only of the first, {given['only_second']} only of the second"
+    posts, counts, scores = content["posts"], content["tags_given"], content["scores"]
+    same, shared = content["same_tags"], f"{counts['both']} of both"
+    alone = f"{counts['only_first']} only of the first, {counts['only_second']} only of the second"
     say_row("first", content["first"])
     say_row("second", content["second"])
     say_row("posts", f"{posts}, {same} with the same tags ({same / posts:.1%})")
-    say_row("tags", f"{given['first']} and {given['second']}: {shared}, {alone}")
+    say_row("tags", f"{counts['first']} and {counts['second']}: {shared}, {alone}")
     if scores["compared"]:
         correlation = scores["correlation"]
         shown = f"{correlation:.4f}" if correlation is not None else "none: they are all the same"

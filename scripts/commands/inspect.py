@@ -119,10 +119,13 @@ def facts_of(
         return facts
     facts["notes"] = {name: failure.message for name, failure in media.failures.items()}
     facts |= _decoded(path, media, settings, out)
-    kept, count = settings.features.ocr.max_chars, sum(len(each["text"]) for each in facts["ocr"])
-    if count > kept:
+    max_chars, count = (
+        settings.features.ocr.max_chars,
+        sum(len(each["text"]) for each in facts["ocr"]),
+    )
+    if count > max_chars:
         facts["notes"]["ocr"] = (
-            f"of {count:,} characters the extractor keeps the first {kept:,} "
+            f"of {count:,} characters the extractor keeps the first {max_chars:,} "
             "(features.ocr.max_chars)"
         )
     return facts

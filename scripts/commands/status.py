@@ -112,8 +112,8 @@ def _print(content: dict[str, Any]) -> None:
     queue, store = content["queue"], content["store"]
     say(f"queue     {queue['name']} at {queue['url']}: ")
     unacknowledged = queue["unacknowledged"]
-    held = f", {unacknowledged} unacknowledged" if unacknowledged is not None else ""
-    waiting = f"{queue['depth']} waiting{held}"
+    in_hand = f", {unacknowledged} unacknowledged" if unacknowledged is not None else ""
+    waiting = f"{queue['depth']} waiting{in_hand}"
     say(f"{queue['error'] or waiting}\n")
     say(f"database  {store['database']} at {store['url']}: ")
     if store["error"] is None:

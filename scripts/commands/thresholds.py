@@ -100,13 +100,13 @@ def thresholds(
         asked |= _known(_read(file), before, str(file))
     for text in sets or ():
         asked |= _known(_one(text), before, "--set")
-    kept, new = None, before
+    backup, new = None, before
     version, changed = about.version, _changed(before, asked)
     if changed:
         with replacing(folder):
             about, before = read_thresholds(folder)  # another command may have changed others
             new, changed = {**before, **asked}, _changed(before, asked)
-            kept = keep_bundle(folder)
+            backup = keep_bundle(folder)
             version = write_thresholds(folder, new)
     if out is not None:
         _write(out, new)
@@ -116,7 +116,7 @@ def thresholds(
     if changed:
         _say_change(before, changed)
         say(f"{folder}: version {version}, thresholds changed: {len(changed)}\n")
-        say(f"version {about.version} is kept in {kept}\n")
+        say(f"version {about.version} is kept in {backup}\n")
     elif sets or file is not None or from_data is not None:
         say(f"{folder}: version {version} has these thresholds already\n")
     elif out is None:

@@ -262,9 +262,9 @@ def screen(look: Mapping[str, Any]) -> Group:
 def _queue(queue: Mapping[str, Any]) -> str:
     if queue["error"] is not None:
         return f"{queue['name']}: {queue['error']}"
-    held = queue["unacknowledged"]
+    in_hand = queue["unacknowledged"]
     return f"{queue['depth']:,} waiting" + (
-        f", {held:,} unacknowledged" if held is not None else ""
+        f", {in_hand:,} unacknowledged" if in_hand is not None else ""
     )
 
 

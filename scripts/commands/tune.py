@@ -53,11 +53,11 @@ def tune(
     if config.get("task", "fusion") != "fusion":
         raise ConfigError(f"{model_config}: task: only trainings of fusion models are searched")
     ranges = [Range.parse(text) for text in search or DEFAULT_SEARCH]
-    found = Search(config, ranges, out).run(trials)
-    best = sorted(found.rows, key=lambda row: -(row[2] or 0.0))[:_SHOWN]
+    outcome = Search(config, ranges, out).run(trials)
+    best = sorted(outcome.rows, key=lambda row: -(row[2] or 0.0))[:_SHOWN]
     keys = [one.key for one in ranges]
     print_table(
-        f"the best {len(best)} of {len(found.rows)} trials",
+        f"the best {len(best)} of {len(outcome.rows)} trials",
         ["trial", "state", "GAP", *keys],
         [
             (number, state, "" if gap is None else f"{gap:.4f}", *(values.get(k) for k in keys))
@@ -65,4 +65,4 @@ def tune(
         ],
         right=range(2, 3 + len(keys)),
     )
-    say(f"python train_net.py --model_config {found.file}\n")
+    say(f"python train_net.py --model_config {outcome.file}\n")

@@ -87,9 +87,9 @@ def tune_host(
         print_json({"host": host.signature, **about, **tuning.as_dict(), "written": written})
         return
     _print(tuning.as_dict())
-    given = _given(settings)
-    if given:
-        say(f"fixed by the settings: {', '.join(given)}\n")
+    fixed = _given(settings)
+    if fixed:
+        say(f"fixed by the settings: {', '.join(fixed)}\n")
     say("nothing is written\n" if dry_run else f"written: {file}\n")
     if not dry_run:
         say(f"the daemon uses: {_numbers(place(settings).settings.model_dump())}\n")
@@ -117,16 +117,16 @@ def _tune(settings: Settings, host: Host, mix: Mix, seconds: float) -> Tuning:
 
 def _given(settings: Settings) -> list[str]:
     """Return the keys that are tuned and that the settings name themselves."""
-    found = [f"workers.{key}" for key in ("extractors", "slots")]
-    found = [key for key in found if key.partition(".")[2] in settings.workers.model_fields_set]
-    return found + ["decode.processes"] * ("processes" in settings.decode.model_fields_set)
+    keys = [f"workers.{key}" for key in ("extractors", "slots")]
+    keys = [key for key in keys if key.partition(".")[2] in settings.workers.model_fields_set]
+    return keys + ["decode.processes"] * ("processes" in settings.decode.model_fields_set)
 
 
 def _check_open(settings: Settings) -> None:
     """Refuse settings that name everything: what is measured would change nothing."""
-    if len(given := _given(settings)) == 3:
+    if len(fixed := _given(settings)) == 3:
         raise ConfigError(
-            f"nothing is left to choose: the settings name {', '.join(given)}; delete these keys "
+            f"nothing is left to choose: the settings name {', '.join(fixed)}; delete these keys "
             "first (--set workers=auto for the two of workers)"
         )
 

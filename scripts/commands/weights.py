@@ -40,11 +40,11 @@ def list_weights(
     from extractors.models.catalog import needs
 
     if config is not None or overrides:
-        wanted = {"settings": settings_of(config, overrides).features}
+        features_of = {"settings": settings_of(config, overrides).features}
     else:
         names = [preset] if preset else list(PRESETS)
-        wanted = {name: FeatureSettings(preset=name) for name in names}
-    rows = [about(name, need) for name, each in wanted.items() for need in needs(each)]
+        features_of = {name: FeatureSettings(preset=name) for name in names}
+    rows = [about(name, need) for name, each in features_of.items() for need in needs(each)]
     if as_json:
         print_json(rows)
         return

@@ -120,10 +120,10 @@ def _replace(out: Path, bundle: Bundle) -> str:
     from fusion.bundle.bundle import save_bundle
 
     with replacing(out):
-        kept = keep_bundle(out)
+        backup = keep_bundle(out)
         version = save_bundle(out, bundle)
-    if kept is not None:
-        say(f"{out}: the bundle that was there is kept in {kept}\n")
+    if backup is not None:
+        say(f"{out}: the bundle that was there is kept in {backup}\n")
     return version
 
 
@@ -143,13 +143,15 @@ def _embedded(
     from fusion.bundle.tag_vectors import TagRows
     from fusion.models.base import FeatureManifest
 
-    wanted: list[ExtractorName] = [name for name in ("video", "image", "audio") if name in streams]
+    extractors: list[ExtractorName] = [
+        name for name in ("video", "image", "audio") if name in streams
+    ]
     if TEXT_STREAMS & set(streams):
-        wanted += ["text", "ocr", *(("asr",) if settings.features.asr.enabled else ())]
+        extractors += ["text", "ocr", *(("asr",) if settings.features.asr.enabled else ())]
     made: dict[Stream, str] = {}
     rows: dict[Stream, TagRows] = {}
     reasons = []
-    for name in wanted:
+    for name in extractors:
         suite = ExtractorSuite(settings.features, device, (name,))
         try:
             suite.load()

@@ -302,8 +302,8 @@ def _gpus(visible: str | None) -> tuple[str, ...]:
         each.read_text(encoding="utf-8", errors="replace")
         for each in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     ]
-    found = [re.search(r"^Model:\s*(.+)$", text, re.MULTILINE) for text in about]
-    names = [match[1].strip() if match else "GPU" for match in found][: len(nodes)]
+    models = [re.search(r"^Model:\s*(.+)$", text, re.MULTILINE) for text in about]
+    names = [match[1].strip() if match else "GPU" for match in models][: len(nodes)]
     names += ["GPU"] * (len(nodes) - len(names))
     if visible is None:
         return tuple(names)

@@ -236,8 +236,8 @@ class Scheduler:
         moved = True
         while moved:
             moved = False
-            wanted = [load for load in self._loads.values() if self._waits_for(load)]
-            for load in sorted(wanted, key=lambda each: each.weight):
+            waiting = [load for load in self._loads.values() if self._waits_for(load)]
+            for load in sorted(waiting, key=lambda each: each.weight):
                 queued = self._next_for(load, now)
                 if queued is not None:
                     moved = True

@@ -315,11 +315,11 @@ class _BundleFolder:
 
         ``expected`` are the fingerprints that it must be made for, where they are known.
         """
-        found = _signature(self._settings)
-        if found == self._used:
+        signature = _signature(self._settings)
+        if signature == self._used:
             self.refused = ""  # it is back again
             return False
-        if found == self._unusable:
+        if signature == self._unusable:
             return False
         try:
             self.load(expected)
@@ -330,9 +330,9 @@ class _BundleFolder:
                 if isinstance(other, TaggingError)
                 else BundleError(f"{folder}: {type(other).__name__}: {one_line(other, 300)}")
             )
-            doubted, self._doubted = self._doubted, found
-            if found == doubted:
-                self._refuse(error, found)
+            doubted, self._doubted = self._doubted, signature
+            if signature == doubted:
+                self._refuse(error, signature)
             return False
         new = self.inferer
         if new is not None:
@@ -342,13 +342,13 @@ class _BundleFolder:
 
     def load(self, expected: Mapping[Stream, str] | None) -> None:
         """Load what is in the folder; TaggingError where it cannot be used."""
-        found = _signature(self._settings)
+        signature = _signature(self._settings)
         new = _opened(self._settings, self._device, expected)
-        if _signature(self._settings) != found:
+        if _signature(self._settings) != signature:
             new.close()  # perhaps the name of one bundle and the weights of another
             raise RetryableError(f"{self._settings.bundle}: has changed while it was read")
         self.close()
-        self.inferer, self._used = new, found
+        self.inferer, self._used = new, signature
 
     def load_instead(
         self, folder: Path, expected: Mapping[Stream, str] | None, error: TaggingError
@@ -388,9 +388,9 @@ class _BundleFolder:
         self.inferer, self.refused = None, ""
         self._used = self._unusable = None
 
-    def _refuse(self, error: TaggingError, found: _Signature) -> None:
+    def _refuse(self, error: TaggingError, signature: _Signature) -> None:
         if not isinstance(error, RetryableError):
-            self._unusable = found  # not read again
+            self._unusable = signature  # not read again
         reason = one_line(error)
         if reason != self.refused:
             self.refused = reason
