@@ -126,7 +126,7 @@ COMMANDS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "From the platform to a training set": {
         "pull": (
             "scripts.data_scripts.pull_posts:SCRIPT",
-            "Pull posts out of the database into a posts file (JSON lines), in the order of _id.",
+            "Pull posts from the database into a posts file (JSON lines), in the order of _id.",
         ),
         "download": (
             "scripts.data_scripts.download_mp:SCRIPT",
