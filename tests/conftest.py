@@ -68,7 +68,7 @@ pytest_plugins = [
     "tests.support.workers.fixtures",
 ]
 
-# A slow machine, or one that also runs something else, makes no example wrong.
+# A slow machine, or one that runs something else beside, makes no example wrong.
 hypothesis.settings.register_profile(
     "patient",
     hypothesis.settings(),

@@ -59,7 +59,7 @@ def untimed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_raw_media_give_what_insighttag_tag_gives(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Local paths next to the file; metrics where labels are; one process or two."""
+    """Local paths beside the file; metrics where labels are; one process or two."""
     assert (
         run(["tag", str(folder / "posts.json"), "--json", "--config", str(folder / "infer.yaml")])
         == 0

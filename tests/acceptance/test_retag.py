@@ -91,7 +91,7 @@ def test_query_in_extended_json(command: Command) -> None:
 
 
 def test_from_a_file(command: Command, tmp_path: Path) -> None:
-    """IDs of a file, in their order, those that are there and match; at most the limit."""
+    """IDs of a file, in their order, those that are there and match; at most so many."""
     file = tmp_path / "ids"
     file.write_text("older\nabsent\nnew\nold\n")
     older = ["--bundle-older-than", "current"]
@@ -105,7 +105,7 @@ def test_from_a_file(command: Command, tmp_path: Path) -> None:
 
 
 def test_limit_of_many(command: Command) -> None:
-    """A thousand posts stream through; with a limit only that many."""
+    """A thousand posts stream through; with a limit only so many."""
     insert(command, [{"_id": f"m{i}", "text": "many"} for i in range(1000)])
     query = ["--query", '{"text": "many"}']
     assert "retagging 700 posts" in command("retag", *query, "--limit", "700")[1]

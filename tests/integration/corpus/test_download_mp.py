@@ -205,7 +205,7 @@ def test_limits_of_the_settings_hold(site: MediaSite, tmp_path: Path) -> None:
 def test_local_files_are_taken_when_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Next to the posts file, as whole paths or file URLs; without --local it is named as the way.
+    """Beside the posts file, as whole paths or file URLs; without --local it is named as the way.
 
     Where nothing at all could be had, the exit code is 1.
     """

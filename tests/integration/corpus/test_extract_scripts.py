@@ -123,7 +123,7 @@ def _started(kind: Kind, options: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _stop_after(process: subprocess.Popen[bytes], root: Path, count: int, number: int) -> int:
-    """Send a signal once this many feature files are there; return the exit status."""
+    """Send a signal once so many feature files are there; the exit status."""
     end = time.monotonic() + 120
     while sum(1 for _ in root.glob("*/*.safetensors")) < count and process.poll() is None:
         assert time.monotonic() < end

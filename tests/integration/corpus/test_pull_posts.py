@@ -200,7 +200,7 @@ def test_age_is_that_of_the_object_id(arguments: list[str], insert: Insert, tmp_
 
 
 def test_sample_is_fixed_by_its_seed(arguments: list[str], insert: Insert, tmp_path: Path) -> None:
-    """A sample has the size asked for, the same posts for a seed, in order, whatever the pages."""
+    """Exactly so many, the same ones for the same seed, in the order of _id, whatever the pages."""
     insert(documents(300))
     assert main([*arguments, "--sample", "50"]) == 0
     first = ids_of(tmp_path)
@@ -219,7 +219,7 @@ def test_sample_is_fixed_by_its_seed(arguments: list[str], insert: Insert, tmp_p
 def test_tags_with_few_posts_are_left_out(
     arguments: list[str], insert: Insert, tmp_path: Path
 ) -> None:
-    """Rare tags go, posts with no other tag too; a sample keeps this many posts of each tag."""
+    """Rare tags go, posts with no other tag too; a sample keeps so many posts of each tag."""
     found = documents(300)
     found[3]["labels"], found[5]["labels"] = ["rare"], []
     found[7]["labels"] = ["rare", "a"]

@@ -92,7 +92,7 @@ def test_an_interrupted_training_goes_on(folder: Path, trained: dict[Path, int])
 def test_new_pictures_get_their_tags(
     folder: Path, trained: dict[Path, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the settings next to the bundle; a killed run goes on behind its last whole line."""
+    """With the settings beside the bundle; a killed run goes on behind its last whole line."""
     out, bundle = folder / "tags.jsonl", folder / "mine" / "bundle"
     command = ["tag", str(folder / "new"), "--out", str(out), "--bundle", str(bundle)]
     assert run(command) == 0

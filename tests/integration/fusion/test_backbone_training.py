@@ -270,7 +270,7 @@ def test_videos_become_tsn_and_lstm(posts: Path, tmp_path: Path) -> None:
 
 
 class _Tired(MediaItems):
-    """Read this many files, and then no more."""
+    """Reads so many files, and then no more."""
 
     left: int
 

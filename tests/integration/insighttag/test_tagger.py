@@ -53,7 +53,7 @@ def tagger(site: Path) -> Iterator[Tagger]:
 def test_the_tags_are_those_of_insighttag_tag(
     site: Path, tagger: Tagger, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the settings next to the bundle; of posts that fail, and of media that do, too."""
+    """With the settings beside the bundle; of posts that fail, and of media that do, too."""
     posts: list[dict[str, Any]] = [
         {"post_id": "1", "text": "cat", "images": [str(site / "a.png")]},
         {"post_id": "2", "text": "sea", "images": [str(site / "settings.yaml")]},

@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_backbones_are_written(
     name: str, form: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 0, the largest difference printed and small, facts next to the file."""
+    """Exit 0, the largest difference printed and small, facts beside the file."""
     out = tmp_path / f"model.{form}"
     given = ["--backbone", name, "--format", form, "--out", str(out), "--config", str(config)]
     assert run(["export", *given]) == 0

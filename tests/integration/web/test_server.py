@@ -220,7 +220,7 @@ def test_uploads_give_what_one_process_gives(
 
 
 def test_urls_and_uploads_in_one_form(server: FlaskServer, site: Site) -> None:
-    """A line a URL, along with a file; a broken one costs its modality and is named."""
+    """A line a URL, beside a file; a broken one costs its modality and is named."""
     urls = f"{site.media_url}/none.png\n\n  {site.media_url}/a.png\n"
     with (site.media / "s.wav").open("rb") as sound:
         answer = requests.post(

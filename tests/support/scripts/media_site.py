@@ -96,14 +96,14 @@ class _Handler(Answers):
         self.answer(b"<html><body>gone</body></html>", Content_Type="image/png")
 
     def do_flaky(self, rest: str) -> None:
-        """Fail this many times, then work."""
+        """Fails so many times, then works."""
         if self.server.requests[self.path] <= int(rest):
             self.answer(b"", 503)
         else:
             self.answer(png(7))
 
     def do_later(self, rest: str) -> None:
-        """Ask to be left alone for this many seconds, once."""
+        """Asks to be left alone for so many seconds, once."""
         if self.server.requests[self.path] == 1:
             self.answer(b"", 429, Retry_After=rest)
         else:

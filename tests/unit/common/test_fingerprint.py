@@ -86,7 +86,7 @@ def test_what_a_joined_fingerprint_is_of_is_named_too() -> None:
 
 @pytest.mark.parametrize("parts", [None, 7, {"video": 3}, {"video": {}}, {"audio": {"a": 1}}])
 def test_what_another_release_left_is_a_plain_digest(parts: Any) -> None:
-    """Nothing next to a digest, or something else: only the name of the setting is missing."""
+    """Nothing beside a digest, or something else: only the name of the setting is missing."""
     found = with_parts({"video": "v"}, parts)
     assert found == {"video": "v"}
     assert parts_of(found["video"]) == {}

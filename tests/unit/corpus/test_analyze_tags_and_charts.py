@@ -38,7 +38,7 @@ def test_tags_that_always_occur_together_are_found() -> None:
 
 
 def test_rare_unknown_and_absent_tags_are_told() -> None:
-    """Tags below the limit; against a map, those that never occur and those outside it."""
+    """Tags below the limit; against a map, those that never occur and those beside it."""
     facts = labels_of(["a"], ["a"], ["b"]).as_dict(2, ["a", "c"])
     assert facts["rare"] == {"b": 1}
     assert facts["map"] == {"tags": 2, "never": ["c"], "unknown": {"b": 1}}

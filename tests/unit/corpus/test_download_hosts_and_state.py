@@ -30,7 +30,7 @@ def take_all(hosts: Hosts, now: float = 0.0) -> list[str]:
 
 
 def test_hosts_take_turns_within_their_limit() -> None:
-    """A host with many URLs does not hold up the others, and has a limited number under way."""
+    """A host with many URLs does not hold up the others, and has so many under way at most."""
     hosts = Hosts(per_host=2)
     for item in [*items("a", 5), *items("b", 1), *items("c", 3)]:
         hosts.add(item, 0.0)
@@ -70,7 +70,7 @@ def test_waits_end_in_time() -> None:
 
 
 def test_host_that_is_never_reached_is_given_up() -> None:
-    """After a number in a row; one answer in between, and the count starts over."""
+    """After so many in a row; one answer in between, and the count starts over."""
     hosts = Hosts(per_host=1)
     for item in items("a", 5):
         hosts.add(item, 0.0)

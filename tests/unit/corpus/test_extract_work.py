@@ -32,7 +32,7 @@ def one(tmp_path: Path, modalities: frozenset[Modality] = IMAGE, **post: object)
 
 
 def test_posts_are_read_in_order_with_whole_paths(tmp_path: Path) -> None:
-    """Sources lie next to the file; a broken line and a second post of an ID have their places."""
+    """Sources lie beside the file; a broken line and a second post of an ID have their places."""
     entries = list(Inputs(write_corpus(tmp_path), Settings(), IMAGE))
     assert [entry.index for entry in entries] == list(range(8))
     first = entries[0]

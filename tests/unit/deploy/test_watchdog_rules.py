@@ -57,7 +57,7 @@ def seen(*, state: str = "RUNNING", phase: str | None = "serving", **facts: Any)
         # Work past its deadline; a post may have waited for a dead neighbour's lease before.
         (seen(overdue_s=364), "none", "progress"),
         (seen(overdue_s=366), "restart", "in flight for 366 s"),
-        # Idle despite a backlog.
+        # Idle beside a backlog.
         (seen(starved_s=29, backlog=3), "none", "progress"),
         (seen(starved_s=31, backlog=3), "nudge", "idle for 31 s while 3 messages wait"),
         (seen(starved_s=61, backlog=3), "restart", "stall_s 60"),

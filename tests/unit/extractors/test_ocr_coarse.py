@@ -67,7 +67,7 @@ def test_lines_are_found_where_they_are() -> None:
 
 
 def test_large_lines_are_taken_from_the_copy() -> None:
-    """A band with small lines next to them is looked at, since the copy may not show these well."""
+    """A band with small lines beside them is looked at, since the copy may not show these well."""
     pixels = photo(960, 704)
     pixels[200:240, 100:600, 0] = pixels[600:640, 100:600, 0] = 255
     pixels[650:658, 100:600, 0] = 255

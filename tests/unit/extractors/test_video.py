@@ -71,7 +71,7 @@ def test_short_clips_give_each_frame_once(tmp_path: Path, count: int) -> None:
 
 
 def test_variable_frame_rate(tmp_path: Path) -> None:
-    """Frames are chosen by when they are shown: ten in a second count less than ten long ones."""
+    """Frames are chosen by when they are shown: ten in a second are little beside ten long ones."""
     steps = media.grey_steps(20)
     times = [0.1 * i for i in range(10)] + [1 + float(i) for i in range(10)]
     path = media.write_video(

@@ -241,7 +241,7 @@ def test_rare_tags_take_the_common_threshold(precision: float | None) -> None:
 
 
 def test_a_threshold_lies_between_what_it_parts() -> None:
-    """The best F1 by trying every threshold, and midway between the two scores next to it."""
+    """The best F1 by trying every threshold, and midway between the two scores beside it."""
     chance = np.random.default_rng(0)
     for _ in range(20):
         scores, targets = chance.random(40), chance.random(40) < 0.4

@@ -194,7 +194,7 @@ def test_what_may_pass_costs_the_attempt_but_not_the_last(
 
 
 def test_a_file_that_is_gone_for_good_costs_no_attempt(tmp_path: Path) -> None:
-    """Also with one that may come: the result is partial for that one, whichever failed first."""
+    """Also beside one that may come: the result is partial for that one, whichever failed first."""
     gone = Failure("fetch", "FetchRefused", "HTTP 404")
     media = tuple(Media("image", f"http://a/{i}") for i in range(3))
 

@@ -27,7 +27,7 @@ def written(folder: Path, content: Any) -> Path:
 
 
 def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
-    """Local paths are found next to the file, URLs are kept, kinds are in order."""
+    """Local paths are found beside the file, URLs are kept, kinds are in order."""
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.jpg").write_bytes(b"x")
     entry: dict[str, Any] = {

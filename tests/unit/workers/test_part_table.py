@@ -80,7 +80,7 @@ def test_every_encoder_of_sound(
 ) -> None:
     """Sound goes through a slot into the encoder, as its line says, whatever the file.
 
-    A row gives one vector, which does not depend on the rows next to it; the same seed gives the
+    A row gives one vector, which does not depend on the rows beside it; the same seed gives the
     same ones.
     """
     monkeypatch.setitem(AUDIO_ENCODERS, arch, ENCODERS[arch])

@@ -247,7 +247,7 @@ def test_a_broken_side_is_told_and_the_rest_goes_on(
 
 
 def test_one_of_two_images_broken() -> None:
-    """A modality is ok when any of its media is, and its failure is kept next to it."""
+    """A modality is ok when any of its media is, and its failure is kept beside it."""
     plan = plan_of(Post("p", "", (IMAGE, IMAGE)))
     first, second = plan.start()
     assert plan.failed(first, GONE) == []
@@ -387,6 +387,6 @@ def test_the_times_of_stages_add_up_to_the_total(tmp_path: Path) -> None:
         runs.handle(Done(task_id, cast("Result", answer)))
     times = dict(ended[0].timings_ms)
     total = times.pop("total")
-    assert set(times) == {"fetch", "decode", "fuse"}  # the text was extracted during downloads
+    assert set(times) == {"fetch", "decode", "fuse"}  # the text was extracted beside downloads
     assert total - len(times) - 5 <= sum(times.values()) <= total
     assert min(times.values()) > 0
