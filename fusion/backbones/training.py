@@ -569,12 +569,12 @@ class FrameStore:
         """Return the features ``(frames, dim)`` of a video, as an `Item`."""
         place = self._place(path)
         try:
-            array: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
+            found: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise FeatureError(
                 f"{place}: cannot be read; delete it and continue with --resume"
             ) from (error)
-        return array
+        return found
 
     def _place(self, path: Path) -> Path:
         try:

@@ -195,7 +195,7 @@ def _put(source: Path, target: Path, *, anew: bool, keep: bool) -> Replaced:
         if source.resolve() == target:
             write_whole(target / ABOUT, about)
             return Replaced(version, before)
-        backup = keep_bundle(target) if keep else None
+        kept = keep_bundle(target) if keep else None
         with new_folder(target) as part:
             # This file may differ, and its own time says that the bundle is another.
             but = shutil.ignore_patterns(ABOUT)
@@ -204,7 +204,7 @@ def _put(source: Path, target: Path, *, anew: bool, keep: bool) -> Replaced:
     except OSError as error:
         why = _reason(error)
         raise BundleError(f"{target}: the bundle {source} cannot be put there: {why}") from error
-    return Replaced(version, before, backup)
+    return Replaced(version, before, kept)
 
 
 def kept_bundles(bundle: Path) -> Iterator[Path]:

@@ -95,19 +95,19 @@ def infer_settings(options: InferOptions) -> InferSettings | Settings:
 
     The keys of the YAML file tell features from raw media.
     """
-    overrides = given_options(options, _KEYS)
+    given = given_options(options, _KEYS)
     if options.skip_bad:
-        overrides["skip_bad"] = True
+        given["skip_bad"] = True
     if options.output is not None:
-        overrides["output"] = options.output
+        given["output"] = options.output
     file = options.infer_config or INFER_CONFIG
     content = read_yaml(file) if options.infer_config is not None or file.exists() else {}
     settings: InferSettings | Settings
     if tags_raw_media(content, file):
-        settings = load_settings(file, [*_as_overrides(overrides), *options.overrides])
+        settings = load_settings(file, [*_as_overrides(given), *options.overrides])
     else:
         settings = layered(
-            InferSettings, options.infer_config, INFER_CONFIG, overrides, options.overrides
+            InferSettings, options.infer_config, INFER_CONFIG, given, options.overrides
         )
     model: Path | None = options.best_model
     # A file with weights alone becomes a bundle later: that takes torch.
@@ -154,5 +154,5 @@ def bundle_of(settings: InferSettings | Settings) -> Path:
     return settings.bundle if isinstance(settings, InferSettings) else settings.fusion.bundle
 
 
-def _as_overrides(options: dict[str, Any]) -> list[str]:
-    return [f"infer.{key}={json.dumps(value)}" for key, value in options.items()]
+def _as_overrides(given: dict[str, Any]) -> list[str]:
+    return [f"infer.{key}={json.dumps(value)}" for key, value in given.items()]

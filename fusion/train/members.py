@@ -88,13 +88,13 @@ def score_held_out(
     rank, world = fabric.global_rank, fabric.world_size
 
     def mine() -> dict[int, Scores]:
-        gaps = {}
+        found = {}
         shown = settings.trainer.progress and fabric.is_global_zero
         with progress_bar("validate", len(starts[rank::world]), enabled=shown) as bar:
             for start in starts[rank::world]:
-                gaps[start] = inferer.scores(_features(prepared, posts, start))
+                found[start] = inferer.scores(_features(prepared, posts, start))
                 bar.advance()
-        return gaps
+        return found
 
     parts: dict[int, Scores] = {}
     for some in gathered(fabric, all_ranks(fabric, mine)):
@@ -129,8 +129,8 @@ def measure(
         min_positives=settings.bundle.min_positives,
         precision=settings.bundle.precision,
     )
-    figures = metrics.summary(scores, targets, thresholds)
-    return Measured(calibration, thresholds, figures, raw, scores, targets)
+    found = metrics.summary(scores, targets, thresholds)
+    return Measured(calibration, thresholds, found, raw, scores, targets)
 
 
 def measure_test(
@@ -139,8 +139,8 @@ def measure_test(
     """Measure posts that chose nothing, with the calibration and thresholds that are served."""
     if not test.posts:
         return None
-    scored = score_held_out(job.fabric, job.settings, job.prepared, model, test.posts)
-    scores, targets = calibrated(measured.calibration, scored.raw), test.posts.targets()
+    found = score_held_out(job.fabric, job.settings, job.prepared, model, test.posts)
+    scores, targets = calibrated(measured.calibration, found.raw), test.posts.targets()
     count = len(test.posts)
     return HeldOutFigures(
         count,

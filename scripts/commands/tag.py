@@ -153,7 +153,7 @@ def _earlier(
     file: BinaryIO, out: Path, bundle: tuple[str, str], rules: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return the results in a file by post, and cut off the half line of a killed run."""
-    results: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     file.seek(0)
     end, anew = 0, "name another, or --restart overwrites it"
     for number, line in enumerate(file, 1):
@@ -162,7 +162,7 @@ def _earlier(
         try:
             result = json.loads(line)
             made_by = result["model"], result["version"]
-            results[result["post_id"]] = result
+            found[result["post_id"]] = result
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--out {out}: line {number}: is not a result of insighttag tag: {anew}"
@@ -179,7 +179,7 @@ def _earlier(
             )
         end += len(line)
     file.truncate(end)
-    return results
+    return found
 
 
 def _print(result: dict[str, Any]) -> None:
