@@ -62,6 +62,8 @@ _GRAPH = "graph.xml"
 # A model of OpenVINO gives the thread that loads it a stack for signals, and frees it at its end
 # while it may still be in use: the next signal that Python handles then kills the process.
 _never_freed: list[Any] = []
+# So a graph, once loaded, serves all later encoders of this process that depend on the same.
+_graphs: dict[tuple[Path, Arithmetic, int], Graph] = {}
 
 _log = structlog.get_logger()
 
@@ -560,6 +562,9 @@ def load_graph(
     versions = [torch.__version__, openvino.__version__, _FORMAT]
     cached = _cache() / digest({"of": depends_on, "versions": versions}) / _GRAPH
     threads = torch.get_num_threads()
+    key = (cached, arithmetic, threads)
+    if key in _graphs:
+        return _graphs[key]
     tensors = [[torch.from_numpy(each) for each in inputs] for inputs in examples]
     try:
         with torch.inference_mode():
@@ -572,7 +577,7 @@ def load_graph(
             graph = Graph(model, choice, threads)
             outputs = [graph(*inputs) for inputs in examples]
             if min(map(_cosine, outputs, expected)) >= LEAST_COSINE:
-                return graph
+                return _graphs.setdefault(key, graph)
         return None
 
     if cached.is_file():

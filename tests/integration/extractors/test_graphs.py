@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import structlog
 import torch
 
 from config.features import Engine, ImageSettings, TextSettings
+from extractors.models import base
 from extractors.models.base import RowExtractor, load_graph, openvino_is_installed
 from extractors.models.text import TextExtractor
 from extractors.models.visual import VisualExtractor
@@ -53,6 +55,12 @@ def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
     assert cosines.min() > 0.9999
 
 
+@pytest.fixture
+def next_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Forget the graphs of this process, as the next one does."""
+    return lambda: monkeypatch.setattr(base, "_graphs", {})
+
+
 def graphs(cache: Path) -> list[Path]:
     return sorted(cache.glob("*/graph.xml"))
 
@@ -79,17 +87,28 @@ def test_texts_have_torchs_vectors(pooling: str, cache: Path, tmp_path: Path) ->
     assert_same(*both)
 
 
-def test_a_graph_is_traced_once(cache: Path) -> None:
+def test_a_graph_is_loaded_once() -> None:
+    """Extractors of one process share it: OpenVINO's models can never be freed."""
+    first, second = pictures(), pictures()
+    assert first._encoder._graph is second._encoder._graph is not None
+    first.close()
+    assert_same(vectors(second, [*PICTURES]), vectors(pictures("torch"), [*PICTURES]))
+
+
+def test_a_graph_is_traced_once(cache: Path, next_process: Callable[[], None]) -> None:
     """The next process takes it from the cache."""
     pictures()
     [file] = graphs(cache)
     was = file.stat().st_mtime_ns
+    next_process()
     pictures()
     assert [each.stat().st_mtime_ns for each in graphs(cache)] == [was]
 
 
 @pytest.mark.parametrize("damage", ["cut", "another's"])
-def test_a_wrong_graph_is_made_again(damage: str, cache: Path) -> None:
+def test_a_wrong_graph_is_made_again(
+    damage: str, cache: Path, next_process: Callable[[], None]
+) -> None:
     """Each is held against torch: neither half a file nor other weights give other vectors."""
     pictures()
     [file] = graphs(cache)
@@ -98,6 +117,7 @@ def test_a_wrong_graph_is_made_again(damage: str, cache: Path) -> None:
     numbers = np.frombuffer(content[: len(content) // 4 * 4], np.float32)
     other = (numbers * -0.5).astype(np.float32).tobytes()
     weights.write_bytes(content[:100] if damage == "cut" else other)
+    next_process()
     assert_same(vectors(pictures(), [*PICTURES]), vectors(pictures("torch"), [*PICTURES]))
     assert weights.read_bytes() == content
 
