@@ -41,7 +41,7 @@ from extractors.models.weights import (
     read_state_dict,
     seeded,
 )
-from extractors.parts import FrameChoice, part_of, visual_encoder
+from extractors.parts import PICTURES_ON_CPU, FrameChoice, part_of, visual_encoder
 
 _PREPROCESSING = {
     "image": "whole picture squashed to a square, halved and averaged, RGB",
@@ -225,7 +225,8 @@ class VisualExtractor(RowExtractor):
     ) -> None:
         self._backbone = backbone or make_backbone(name, settings, device)
         shape = (*self._backbone.size, 3)
-        super().__init__(name, self._backbone, shape, "uint8", settings.batch_size)
+        rows = settings.batch_size if device != "cpu" else min(settings.batch_size, PICTURES_ON_CPU)
+        super().__init__(name, self._backbone, shape, "uint8", rows)
         self._settings = settings
         self._views = settings.views if isinstance(settings, ImageSettings) else 1
 

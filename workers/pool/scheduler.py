@@ -19,6 +19,7 @@ from typing import TypeAlias
 import msgspec
 
 from config.settings import Settings
+from extractors.parts import PICTURES_ON_CPU, TEXTS_ON_CPU
 from workers.pool.channel import SlotTable
 from workers.protocol import DecodeTask, Envelope, ExtractTask, FetchTask, Task
 
@@ -73,15 +74,18 @@ def batch_rows(settings: Settings) -> Mapping[TaskQueue, int]:
     With one row, each task is a batch of its own; its extractor cuts it as its settings say. The
     scheduler and the workers count alike, so that tasks that are sent together run together.
     """
-    features, fuse = settings.features, {"fuse": settings.fusion.batch_size}
-    if not settings.workers.share_batches:
-        return dict.fromkeys(("video", "image", "audio", "text", "ocr", "asr"), 1) | fuse
-    hosts = [group.threads for group in settings.workers.extractors if "ocr" in group.extractors]
-    return fuse | {
-        "video": features.video.batch_size,
-        "image": features.image.batch_size,
+    features, workers, fuse = settings.features, settings.workers, settings.fusion.batch_size
+    if not workers.share_batches:
+        return dict.fromkeys(("video", "image", "audio", "text", "ocr", "asr"), 1) | {"fuse": fuse}
+    on_cpu = all(group.device == "cpu" for group in workers.extractors)
+    pictures, texts = (PICTURES_ON_CPU, TEXTS_ON_CPU) if on_cpu else (MAX_QUEUED, MAX_QUEUED)
+    hosts = [group.threads for group in workers.extractors if "ocr" in group.extractors]
+    return {
+        "fuse": fuse,
+        "video": min(features.video.batch_size, pictures),
+        "image": min(features.image.batch_size, pictures),
         "audio": features.audio.batch_size,
-        "text": features.text.batch_size,
+        "text": min(features.text.batch_size, texts),
         "asr": features.asr.batch_size,
         "ocr": min(hosts, default=1),  # pictures are read one a thread: more would only wait
     }

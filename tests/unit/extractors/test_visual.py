@@ -171,6 +171,7 @@ def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
     model = SmallDevice("features.image", settings, "cpu", size=(32, 32))
     extractor = VisualExtractor("image", settings, backbone=model)
     extractor.load()
+    extractor.batch_size = 8  # as on a GPU
     sizes.clear()
     items = [pictures(5, 32), pictures(5, 32, seed=1)]
     found = extractor.forward(items)
@@ -179,6 +180,13 @@ def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
     model.most = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         extractor.forward(items)
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 3), ("cuda:0", 32)])
+def test_on_a_cpu_a_pass_has_three_pictures_at_most(device: str, rows: int) -> None:
+    """More are slower there, whatever the settings say."""
+    settings = ImageSettings(arch=TINY_CNN, weights="random:1", image_size=32)
+    assert VisualExtractor("image", settings, device).batch_size == rows
 
 
 def test_a_batch_begins_before_the_result_of_the_last_one_is_waited_for() -> None:
@@ -200,6 +208,7 @@ def test_a_batch_begins_before_the_result_of_the_last_one_is_waited_for() -> Non
     model = LateDevice("features.image", settings, "cpu", size=(32, 32))
     extractor = VisualExtractor("image", settings, backbone=model)
     extractor.load()
+    extractor.batch_size = 4  # as on a GPU
     events.clear()
     items = [pictures(5, 32), pictures(6, 32, seed=1)]
     found = extractor.forward(items)
