@@ -66,14 +66,15 @@ def latencies_ms(place: Site, ids: Sequence[str], gaps_s: Sequence[float]) -> li
 
     A gap of infinity waits until the post before has ended.
     """
-    published, before, due = {}, place.ended, time.time()
-    for i, (post_id, gap_s) in enumerate(zip(ids, gaps_s, strict=True)):
-        if gap_s == float("inf"):
-            place.wait_for(before + i)
-        else:
-            due += gap_s
-            time.sleep(max(0.0, due - time.time()))
-        published[post_id] = place.publish([post_id])
+    with place.publisher() as publish:
+        published, before, due = {}, place.ended, time.time()
+        for i, (post_id, gap_s) in enumerate(zip(ids, gaps_s, strict=True)):
+            if gap_s == float("inf"):
+                place.wait_for(before + i)
+            else:
+                due += gap_s
+                time.sleep(max(0.0, due - time.time()))
+            published[post_id] = publish([post_id], 0)
     place.wait_for(before + len(ids))
     results = place.results(ids)
     return [1000 * (results[i]["tagged_at"].timestamp() - published[i]) for i in ids]

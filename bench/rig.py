@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,16 +106,26 @@ class Site:
             self._client.posts.insert_many([dict(each) for each in documents[i : i + 1000]])
         return [str(each["_id"]) for each in documents]
 
-    def publish(self, ids: Sequence[str], priority: int = 0) -> float:
-        """Put IDs on the Kings' queue; gives the time at which they were sent."""
+    @contextmanager
+    def publisher(self) -> Iterator[Callable[[Sequence[str], int], float]]:
+        """Give `publish` with one connection; one for each post takes 8 ms of CPU on RabbitMQ."""
         broker = open_broker(self.settings.broker)
         broker.connect()
-        try:
+
+        def publish(ids: Sequence[str], priority: int) -> float:
             sent_at = time.time()
             broker.publish([PostMessage(each, priority) for each in ids])
+            return sent_at
+
+        try:
+            yield publish
         finally:
             broker.close()
-        return sent_at
+
+    def publish(self, ids: Sequence[str], priority: int = 0) -> float:
+        """Put IDs on the Kings' queue; gives the time at which they were sent."""
+        with self.publisher() as publish:
+            return publish(ids, priority)
 
     def results(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the results of those that have one."""
