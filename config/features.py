@@ -25,6 +25,7 @@ class VisualSettings(Section):
     image_size: PositiveInt = 224
     """Side of the square input in pixels; whole pictures are scaled to it."""
     batch_size: PositiveInt = 32
+    """Pictures that the model takes at once; on a CPU 3 at most."""
     precision: Precision = "auto"
     engine: Engine = "auto"
     """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch."""
@@ -122,6 +123,7 @@ class TextSettings(Section):
     """Put before each text; E5 needs ``query: ``."""
     max_tokens: PositiveInt = 256
     batch_size: PositiveInt = 16
+    """Texts that the model takes at once; those of several posts on a CPU 8 at most."""
     precision: Precision = "auto"
     engine: Engine = "auto"
     """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch."""

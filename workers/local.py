@@ -142,9 +142,9 @@ class LocalPool:
             self._inferer = inferer
             self.bundle = (inferer.name, inferer.version)
 
-    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
+    def submit(self, task: Task, *, deadline: float, priority: int = 0, turn: int = 0) -> int:
         """Queue a task; the newest is run first, whatever its priority."""
-        del deadline, priority
+        del deadline, priority, turn
         if isinstance(task, ExtractTask):
             for ref in task.refs[:1]:  # all arrays of a task lie in one slot
                 self._slots.retain(ref.slot)

@@ -22,6 +22,7 @@ is the last one: then it costs the modality too, and the result says that it is 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -100,8 +101,7 @@ class Step:
         match self.task:
             case CacheLookup(path=path) | DecodeTask(path=path):
                 return path or None
-            case _:
-                return None
+        return None
 
 
 class PostPlan:
@@ -208,17 +208,17 @@ class PostPlan:
         """
         arrays: dict[Stream, FeatureArray] = {}
         for stream in STREAMS:
-            keys = sorted(key for key in self._arrays if key[0] == stream)
-            if keys:
+            if keys := sorted(key for key in self._arrays if key[0] == stream):
                 arrays[stream] = np.concatenate([self._arrays[key] for key in keys])
         if not arrays and not self._partial:
             raise self._nothing_usable()
-        present = {modality_of(stream) for stream in arrays}
+        present, failed = {modality_of(stream) for stream in arrays}, self._failures.items()
         return Features(
             post_id=self.post.post_id,
             arrays=arrays,
             statuses={m: self._status(m, m in present) for m in self._on},
-            failures={m: _named(failures) for m, failures in self._failures.items()},
+            # A retryable one stands for its modality, and makes it partial.
+            failures={m: next((f for f in fs if f.retryable), fs[0]) for m, fs in failed},
             ocr_text=self._ocr_text(),
             ocr=self._ocr_source(),
         )
@@ -410,11 +410,6 @@ class PostPlan:
         return error
 
 
-def _named(failures: Sequence[Failure]) -> Failure:
-    """Return the failure that stands for a modality: a retryable one, which makes it partial."""
-    return next((failure for failure in failures if failure.retryable), failures[0])
-
-
 def read_text(ocr: str | None, ocr_of_media: Mapping[int, str]) -> str | None:
     """Return the text in a post's pictures, None if there is none.
 
@@ -432,15 +427,17 @@ def embedded_texts(
     text: str, read: str | None, mode: Literal["append", "separate"]
 ) -> dict[Modality, str]:
     """Return modality -> the text that is embedded for it; a modality without text is left out."""
-    texts: dict[Modality, str]
+    texts: dict[Modality, str] = {"text": text, "ocr": read or ""}
     if mode == "append":
         texts = {"text": "\n".join(part for part in (text.strip(), read or "") if part)}
-    else:
-        texts = {"text": text, "ocr": read or ""}
     return {modality: each for modality, each in texts.items() if each.strip()}
 
 
 _NO_MEDIA = -1  # media index of the fusion's step
+
+# Posts that go before an earlier one with a video, which takes as long as several: more than are in
+# work by default. At half, a small post waits for some; at double, videos wait longer for them.
+_VIDEO_LAG = 50
 
 _log = structlog.get_logger()
 
@@ -500,6 +497,7 @@ class PostRun:
         limit: The same for a person, for example ``king.post_deadline_s (300 s)``.
         last: No attempt follows: a retryable failure costs a modality and not the attempt.
         retry_by: `time.monotonic` past which no attempt follows either.
+        turn: Place of its tasks among those of other posts, counted in posts; set by `PostRuns`.
         on_end: Called once, when the run is off the pool; not for a run that was dropped.
         began: `time.monotonic` that the total time counts from.
         tasks: Task ID -> step, of the tasks on the pool.
@@ -514,6 +512,7 @@ class PostRun:
     last: bool
     on_end: Callable[[PostRun, PostOutcome], None]
     priority: int = 0
+    turn: int = 0
     retry_by: float = math.inf
     began: float = field(default_factory=time.monotonic)
     features: Features | None = None
@@ -563,6 +562,7 @@ class PostRuns:
         self._open_local = open_local
         self._runs: set[PostRun] = set()
         self._by_task: dict[int, PostRun] = {}
+        self._begun = itertools.count()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -572,6 +572,8 @@ class PostRuns:
 
     def begin(self, run: PostRun) -> None:
         self._runs.add(run)
+        slow = any(media.kind == "video" for media in run.plan.post.media)
+        run.turn = next(self._begun) + _VIDEO_LAG * slow
         self._submit(run, run.plan.start())
         self._advance(run)  # a post without text and media has no step to wait for
 
@@ -587,9 +589,8 @@ class PostRuns:
 
     def expire(self) -> None:
         now = time.monotonic()
-        for run in self:
-            if run.deadline <= now:
-                self._expire(run)
+        for run in [run for run in self if run.deadline <= now]:
+            self._expire(run)
 
     def handle(self, event: Done | Failed) -> None:
         """Take a task's end, and put the tasks that follow from it on the pool."""
@@ -654,9 +655,9 @@ class PostRuns:
                 except PermanentError as error:
                     todo += run.plan.failed(step, Failure.of("fetch", error))
                 continue
-            task_id = self._pool.submit(step.task, deadline=run.deadline, priority=run.priority)
-            run.tasks[task_id] = step
-            self._by_task[task_id] = run
+            order = {"priority": run.priority, "turn": run.turn}
+            task_id = self._pool.submit(step.task, deadline=run.deadline, **order)
+            run.tasks[task_id], self._by_task[task_id] = step, run
 
     def _advance(self, run: PostRun) -> None:
         """Fuse the features, once every step of the plan has ended."""

@@ -510,8 +510,11 @@ class TaskPool(Protocol):
     def start(self) -> None:
         """Start every worker; returns at once."""
 
-    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
-        """Queue a task and return its ID; ``deadline`` is `time.monotonic()`."""
+    def submit(self, task: Task, *, deadline: float, priority: int = 0, turn: int = 0) -> int:
+        """Queue a task and return its ID; ``deadline`` is `time.monotonic()`.
+
+        Tasks of the highest priority come first, of those the ones of the lowest turn.
+        """
 
     def cancel(self, task_id: int) -> None:
         """Forget a task: it has no event, and what it holds is freed."""

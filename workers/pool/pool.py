@@ -138,11 +138,11 @@ class ProcessPool:
         _log.info("workers.placed", **summary(self._settings))
         self._supervisor.on_time(time.monotonic(), restart=True)
 
-    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
+    def submit(self, task: Task, *, deadline: float, priority: int = 0, turn: int = 0) -> int:
         """Queue a task for the next `poll`; raises `ValueError` for a slot that is not its own."""
         if isinstance(task, CacheLookup):  # a post does not wait for a cache
             deadline = min(deadline, time.monotonic() + LOOKUP_S + self._settings.cache.timeout_s)
-        return self._scheduler.submit(task, deadline, priority)
+        return self._scheduler.submit(task, deadline, priority, turn)
 
     def cancel(self, task_id: int) -> None:
         # An event that `poll` has returned before stays the caller's, with its slot and file.
@@ -365,10 +365,10 @@ class ProcessPool:
         spec = worker.spec
         if spec.role == "cache":
             self._supervisor.send(worker, Expect(packed(self._by_extractor)))
-        at_once = spec.role == "fetch"  # it has a thread for each task that it may hold
-        self._scheduler.add(
-            WorkerLoad(spec.name, spec.queues, spec.at_most, spec.limit_s, at_once=at_once)
-        )
+        load = WorkerLoad(spec.name, spec.queues, spec.at_most, spec.limit_s)
+        load.at_once = spec.role == "fetch"  # it has a thread for each task that it may hold
+        load.on_cpu = spec.device == "cpu"
+        self._scheduler.add(load)
         if spec.role == "fuse":
             self._supervisor.send(worker, Expect(packed(self.fingerprints)))
             if "name" in worker.info:

@@ -1,10 +1,10 @@
 """Assignment of tasks to workers, and of deaths to tasks: pure, it knows no process.
 
-There is a task queue for each of lookup, fetch, decode, every extractor, and fuse; the oldest task
-of the highest priority comes first, but pictures, sounds and texts overtake videos. A worker is
-sent tasks of a queue until one full batch waits in its channel behind the batch that runs: enough
-that it never idles, and few enough that another worker that becomes idle finds work here. Tasks
-that wait here are batched with later ones.
+There is a task queue for each of lookup, fetch, decode, every extractor, and fuse; tasks of the
+highest priority come first, of those the ones whose post has its turn first. A worker is sent tasks
+until one full batch waits in its channel behind the batch that runs: enough that it never idles,
+and few enough that another worker that becomes idle finds work here. On a GPU, which needs full
+batches, one of each queue may wait. Tasks that wait here are batched with later ones.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _MAX_DELIVERIES = 5
 """Workers that a task is sent to. Each death doubles the evidence against it; with fewer, a task
 would be charged with the deaths of its neighbours, with more it would kill more workers."""
 
+_FULL = 0.999
+"""Of a batch: the shares of tasks that fill it may add up to a thousandth less or more than 1."""
 
 _FUSE_SHARE = 4
 """Posts wait for fusion until they are this fraction of the open tasks: a pass reads all weights
@@ -45,22 +47,6 @@ _NOT_GATHERED = 8
 
 _FUSE_WAIT_S = 0.1
 """Or until this has passed: a tenth of a second more before a post's tags, and only under load."""
-
-
-_VIDEO_LAG = 256
-"""Tasks that go before an earlier one of a video, which takes as long as dozens of pictures: those
-of about fifty posts, more than are in work by default. At half, a small post waits for some videos;
-at double, a video waits longer where both keep coming."""
-
-
-def is_of_video(task: Task) -> bool:
-    """Return True for a task that fetches, decodes or reads a video."""
-    match task:
-        case FetchTask(media=media):
-            return media.kind == "video"
-        case DecodeTask(kind=kind) | ExtractTask(kind=kind):
-            return kind == "video"
-    return False
 
 
 def queue_of(task: Task) -> TaskQueue:
@@ -136,6 +122,7 @@ class WorkerLoad:
 
     Attributes:
         at_once: It begins each task as it comes, by itself, and does not say so.
+        on_cpu: One batch of any of its queues waits for it, and not one of each.
         batches: Batches that it has begun.
     """
 
@@ -144,6 +131,7 @@ class WorkerLoad:
     at_most: int | None
     limit_s: float
     at_once: bool = False
+    on_cpu: bool = False
     tasks: dict[int, QueuedTask] = field(default_factory=dict)
     waiting: dict[TaskQueue, float] = field(default_factory=dict)
     heard_at: float = 0.0
@@ -188,8 +176,8 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self._open_tasks) or any(load.tasks for load in self._loads.values())
 
-    def submit(self, task: Task, deadline: float, priority: int = 0) -> int:
-        """Queue a task.
+    def submit(self, task: Task, deadline: float, priority: int = 0, turn: int = 0) -> int:
+        """Queue a task; of one priority the lowest turn comes first, then the oldest.
 
         Raises:
             ValueError: It refers to a slot that the caller does not own.
@@ -210,7 +198,6 @@ class Scheduler:
                 self.slots.drop(slot)
             raise
         task_id = next(self._ids)
-        turn = task_id + _VIDEO_LAG if is_of_video(task) else task_id
         key, weight = (-priority, turn, task_id), weight_of(task, self._rows)
         queued = QueuedTask(task_id, task, queue_of(task), deadline, key, weight, refs)
         self._open_tasks[task_id] = queued
@@ -412,13 +399,15 @@ class Scheduler:
             return None
         if any(queued.solo for queued in load.tasks.values()):
             return None
+        full = load.on_cpu and sum(load.waiting.values()) > _FULL
         best: TaskQueue | None = None
         for queue_name in load.queues:
             head = self._head(queue_name)
             if head is None or not self._open(queue_name, head):
                 continue
             waiting = load.waiting.get(queue_name, 0.0)
-            if load.at_most is None and waiting > 0.001 and waiting + head.weight > 1.001:
+            fits = waiting + head.weight <= 2 - _FULL if waiting > 1 - _FULL else not full
+            if load.at_most is None and not fits:
                 continue
             if best is None or head.key < self._queues[best][0][0]:
                 best = queue_name
@@ -434,7 +423,8 @@ class Scheduler:
             return self._fusing
         # Files wait on disk for a decoder: what is full downstream stops the downloads, later those
         # of files that overtake the videos there.
-        allowed = self._decode_backlog * (1 if is_of_video(head.task) else 2)
+        is_video = isinstance(head.task, FetchTask) and head.task.media.kind == "video"
+        allowed = self._decode_backlog * (1 if is_video else 2)
         return queue_name != "fetch" or self.queued("decode") < allowed
 
     def _head(self, queue_name: TaskQueue) -> QueuedTask | None:

@@ -158,10 +158,10 @@ class Lent:
     def stop(self, timeout_s: float) -> None:
         """Do nothing: its owner stops it."""
 
-    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
+    def submit(self, task: Task, **order: Any) -> int:
         if isinstance(task, FuseTask):
             self.fused = task.features
-        return self.pool.submit(task, deadline=deadline, priority=priority)
+        return self.pool.submit(task, **order)
 
 
 def by_daemon(pool: Any, settings: Settings, post: Post) -> tuple[Features, TagResult]:

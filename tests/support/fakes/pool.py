@@ -54,7 +54,7 @@ class _Task:
     task_id: int
     task: Task
     deadline: float
-    priority: int
+    order: tuple[int, int, int]
     due: float
 
 
@@ -113,15 +113,15 @@ class FakePool:
         """Begin to load."""
         self._ready_at += time.monotonic()
 
-    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
+    def submit(self, task: Task, *, deadline: float, priority: int = 0, turn: int = 0) -> int:
         """Queue a task."""
         if isinstance(task, ExtractTask):
             for slot in {ref.slot for ref in task.refs}:
                 self.slots.retain(slot)
         self.submitted.append(task)
         task_id = next(self._ids)
-        self._queue.append(_Task(task_id, task, deadline, priority, 0.0))
-        self._queue.sort(key=lambda entry: (-entry.priority, entry.task_id))
+        self._queue.append(_Task(task_id, task, deadline, (-priority, turn, task_id), 0.0))
+        self._queue.sort(key=lambda entry: entry.order)
         return task_id
 
     def cancel(self, task_id: int) -> None:

@@ -390,3 +390,18 @@ def test_the_times_of_stages_add_up_to_the_total(tmp_path: Path) -> None:
     assert set(times) == {"fetch", "decode", "fuse"}  # the text was extracted beside downloads
     assert total - len(times) - 5 <= sum(times.values()) <= total
     assert min(times.values()) > 0
+
+
+def test_posts_overtake_fifty_earlier_ones_with_a_video_at_most(tmp_path: Path) -> None:
+    """A small post does not wait for long videos; where small ones keep coming, a video does."""
+    runs = PostRuns(FakePool(tmp_path))
+
+    def turn(*media: Media) -> int:
+        run = PostRun(plan_of(Post("p", "", media)), 1e9, "", last=False, on_end=lambda *_: None)
+        runs.begin(run)
+        return run.turn
+
+    [video, *others] = [turn(VIDEO, IMAGE), *(turn(IMAGE) for _ in range(60))]
+    assert sum(other < video for other in others) in (49, 50)
+    assert turn(VIDEO) > video
+    assert others == sorted(others)

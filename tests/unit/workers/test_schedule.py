@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from common.post import Media, MediaKind
+from common.post import Media
+from config.settings import Settings
 from tests.support.workers.driving import decode_task, fetch_task, fuse_task, text_task
 from tests.support.workers.scheduling import decoder, extractor, ids, picture, scheduler, sent
-from workers.pool.scheduler import MAX_QUEUED, WorkerLoad
-from workers.protocol import DecodeTask, ExtractTask, FetchTask
+from workers.pool.scheduler import MAX_QUEUED, WorkerLoad, batch_rows
+from workers.protocol import ExtractTask, FetchTask
 
 
 def test_priority_then_age() -> None:
@@ -69,39 +72,62 @@ def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
     assert ids(sent(made)) == [fetch]
 
 
-def test_pictures_overtake_videos() -> None:
-    """A small post does not wait for the long videos before it, in no queue; they are not lost."""
+def test_the_post_whose_turn_is_first_goes_first_in_every_queue() -> None:
+    """Whichever of its tasks was submitted last; of one post the oldest task goes first."""
     made = scheduler()
-
-    def submitted(kind: MediaKind) -> set[int]:
-        tasks = (FetchTask(Media(kind, "x")), DecodeTask(kind, "x", -1))
-        return {made.submit(task, 99) for task in tasks * 8}
-
-    videos, pictures = submitted("video"), submitted("image")
-    made.add(WorkerLoad("f", ("fetch",), 16, 10.0))
-    made.add(decoder())
-    made.add(decoder("e"))
-    first = ids(sent(made))
-    assert set(first) < pictures  # videos are not even downloaded while decoders are behind
-    for task_id in pictures:
-        made.cancel(task_id)
-    made.add(decoder("g"))
-    assert set(ids(sent(made))) < videos
+    late = [made.submit(text_task("x"), 99, turn=2) for _ in range(2)]
+    early = [made.submit(text_task("x"), 99, turn=1) for _ in range(2)]
+    made.add(extractor())
+    assert ids(sent(made)) == [*early, *late]
 
 
-def test_a_video_is_overtaken_by_so_many_tasks_only() -> None:
-    """Where small posts keep coming, a video has its turn."""
-    made = scheduler()
-    video = made.submit(DecodeTask("video", "x", -1), 99)
-    for _ in range(2 * 256):
-        made.submit(DecodeTask("image", "x", -1), 99)
-    made.add(decoder())
-    order = []
-    while video not in order:
-        [task_id] = ids(sent(made))
-        made.ended("d", task_id, 0.0, gives_slot=False)
-        order.append(task_id)
-    assert len(order) == 256
+def test_videos_are_not_downloaded_while_decoders_are_behind() -> None:
+    """Other media are, until twice as many wait."""
+    made = scheduler(WorkerLoad("f", ("fetch",), 16, 10.0))
+    waiting = [made.submit(decode_task(), 99) for _ in range(4)]
+    video = made.submit(FetchTask(Media("video", "x")), 99, turn=1)
+    assert sent(made) == []
+    image = made.submit(FetchTask(Media("image", "x")), 99)
+    assert ids(sent(made)) == [image]
+    made.cancel(waiting[0])
+    assert ids(sent(made)) == [video]
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "queues", "number"),
+    [
+        (True, ("video", "text", "text"), 1),
+        (True, ("text", "video", "text", "video"), 3),  # a text joins the one that waits
+        (False, ("video", "text", "text"), 3),
+    ],
+)
+def test_on_a_cpu_one_batch_of_any_queue_waits_for_a_worker(
+    on_cpu: bool, queues: tuple[str, ...], number: int
+) -> None:
+    """What does not wait there is free for another worker; on a GPU each queue has its own."""
+    made = scheduler(decoder())
+    decode = made.submit(decode_task(), 99)
+    sent(made)
+    made.ended("d", decode, 0.0, gives_slot=True)
+    for turn, name in enumerate(queues):
+        made.submit(picture(0, 8) if name == "video" else text_task("x"), 99, turn=turn)
+    made.add(replace(extractor(), on_cpu=on_cpu))
+    assert len(sent(made)) == number
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "wanted"),
+    [
+        ("cpu", True, {"video": 3, "image": 2, "text": 8, "audio": 64, "ocr": 2}),
+        ("cuda:0", True, {"video": 32, "image": 2, "text": 16, "audio": 64, "ocr": 2}),
+        ("cpu", False, {"video": 1, "image": 1, "text": 1, "audio": 1, "ocr": 1}),
+    ],
+)
+def test_batches_are_small_on_a_cpu(device: str, share: bool, wanted: dict[str, int]) -> None:
+    workers = {"extractors": [{"device": device, "threads": 2}], "share_batches": share}
+    features = {"image": {"batch_size": 2}}
+    rows = batch_rows(Settings.model_validate({"workers": workers, "features": features}))
+    assert {name: rows[name] for name in wanted} == wanted
 
 
 def test_posts_are_gathered_for_fusion_while_much_else_is_open() -> None:
