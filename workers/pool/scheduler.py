@@ -37,15 +37,16 @@ would be charged with the deaths of its neighbours, with more it would kill more
 _FULL = 0.999
 """Of a batch: the shares of tasks that fill it may add up to a thousandth less or more than 1."""
 
-_FUSE_SHARE = 4
-"""Posts wait for fusion until they are this fraction of the open tasks: a pass reads all weights
-of the model, and takes for one post nearly as long as for eight. At half, other workers may run out
-of posts; at double, batches are of two or three posts."""
+_SHARE_GATHERED: Mapping[TaskQueue, int] = {"fuse": 4, "text": 8}
+"""Posts wait for fusion, and texts for their encoder, until they are one in so many of the open
+tasks: a pass of the fusion model takes for one post nearly as long as for eight, since it reads all
+weights, and of eight texts each takes half as long as one alone. At half, other workers may run out
+of posts; at double, batches are half as large."""
 
 _NOT_GATHERED = 8
 """Open tasks that nobody waits for, so that a post that is nearly alone is not held back."""
 
-_FUSE_WAIT_S = 0.1
+_GATHER_S = 0.1
 """Or until this has passed: a tenth of a second more before a post's tags, and only under load."""
 
 
@@ -166,8 +167,8 @@ class Scheduler:
         self._queue_sizes: dict[TaskQueue, int] = {}
         self._suspects: dict[TaskQueue, deque[QueuedTask]] = {}
         self._loads: dict[str, WorkerLoad] = {}
-        self._fusing = False
-        self._none_to_fuse_at = 0.0
+        self._gathered = dict.fromkeys(_SHARE_GATHERED, False)
+        self._none_at = dict.fromkeys(_SHARE_GATHERED, 0.0)
 
     def __len__(self) -> int:
         return len(self._open_tasks)
@@ -223,7 +224,7 @@ class Scheduler:
 
     def dispatch(self, now: float) -> Iterator[tuple[str, Envelope]]:
         """Assign what fits, the least loaded worker first, a task at a time."""
-        self._gather_for_fusion(now)
+        self._gather(now)
         moved = True
         while moved:
             moved = False
@@ -233,18 +234,17 @@ class Scheduler:
                 if queued is not None:
                     moved = True
                     yield load.name, self._assign(queued, load, now)
-        self._gather_for_fusion(now)
+        self._gather(now)
 
-    def _gather_for_fusion(self, now: float) -> None:
-        """Hold posts back from fusion while few wait for it and many tasks are open."""
-        waiting = self.queued("fuse") + len(self._suspects.get("fuse", ()))
-        if not waiting:
-            self._fusing, self._none_to_fuse_at = False, now
-        elif (
-            waiting >= (len(self._open_tasks) - _NOT_GATHERED) // _FUSE_SHARE
-            or now - self._none_to_fuse_at >= _FUSE_WAIT_S
-        ):
-            self._fusing = True
+    def _gather(self, now: float) -> None:
+        """Hold tasks of some queues back while few wait there and many are open."""
+        beyond = len(self._open_tasks) - _NOT_GATHERED
+        for name, share in _SHARE_GATHERED.items():
+            waiting = self.queued(name) + len(self._suspects.get(name, ()))
+            if not waiting:
+                self._gathered[name], self._none_at[name] = False, now
+            elif waiting >= beyond // share or now - self._none_at[name] >= _GATHER_S:
+                self._gathered[name] = True
 
     def _waits_for(self, load: WorkerLoad) -> bool:
         """Return True when a task waits that the worker could take."""
@@ -419,8 +419,8 @@ class Scheduler:
     def _open(self, queue_name: TaskQueue, head: QueuedTask) -> bool:
         if queue_name == "decode":
             return self.slots.free > 0
-        if queue_name == "fuse":
-            return self._fusing
+        if queue_name in self._gathered:
+            return self._gathered[queue_name]
         # Files wait on disk for a decoder: what is full downstream stops the downloads, later those
         # of files that overtake the videos there.
         is_video = isinstance(head.task, FetchTask) and head.task.media.kind == "video"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
 from config.features import TextSettings
-from extractors.models.text import TextExtractor, hashed_tokens
+from extractors.models.text import TextEncoder, TextExtractor, hashed_tokens
 from tests.support.tiny_models import tiny_bert
 
 TEXTS = (
@@ -65,6 +66,22 @@ def test_features_do_not_depend_on_the_batch(bert: Path, precision: str) -> None
     extractor = loaded(weights=str(bert), precision=precision)
     for text, together in zip(TEXTS, run(extractor, *TEXTS), strict=True):
         np.testing.assert_allclose(together, run(extractor, text)[0], atol=1e-3)
+
+
+def test_on_a_cpu_texts_of_one_width_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There padding takes as long as words."""
+    shapes: list[tuple[int, ...]] = []
+    begin = TextEncoder.begin
+
+    def noted(encoder: TextEncoder, *inputs: Any) -> Any:
+        shapes.append(inputs[0].shape)
+        return begin(encoder, *inputs)
+
+    extractor = loaded(weights="random:1", precision="fp32")
+    monkeypatch.setattr(TextEncoder, "begin", noted)
+    short, long = "a cat", " ".join("word" * 12)
+    run(extractor, short, long, short, short)
+    assert sorted(shapes) == [(1, 56), (3, 8)]
 
 
 def test_empty_and_odd_texts(bert: Path) -> None:

@@ -148,6 +148,17 @@ def test_posts_are_gathered_for_fusion_while_much_else_is_open() -> None:
     assert ids(sent(made, 0.11)) == [late]
 
 
+def test_texts_are_gathered_while_much_else_is_open() -> None:
+    """Until they are an eighth of the open tasks beyond eight: a text alone takes twice as long."""
+    made = scheduler(extractor())
+    for _ in range(23):
+        made.submit(decode_task(), 99)
+    first = made.submit(text_task("x"), 99)
+    assert sent(made) == []
+    second = made.submit(text_task("x"), 99)
+    assert ids(sent(made)) == [first, second]
+
+
 def test_a_suspect_is_fused_alone_and_not_held_back() -> None:
     made = scheduler(WorkerLoad("f", ("fuse",), None, 10.0))
     pair = [made.submit(fuse_task(f"p{i}"), 99) for i in range(2)]
