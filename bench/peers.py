@@ -186,8 +186,9 @@ def run(
     """Start a system, have it tag some posts, and measure it on the others."""
     if system.name == "daemon":
         with place.kings():
+            before = place.ended
             place.publish(warm)
-            place.wait_for(len(warm))
+            place.wait_for(before + len(warm))
             return watched(place, ids, place.pids, lambda: place.publish(ids))
     folder = Path(tempfile.mkdtemp(prefix="peer-", dir=place.folder))
     content = place.settings.model_dump(mode="json")
@@ -247,8 +248,8 @@ def measure(options: argparse.Namespace, case: Any) -> list[dict[str, Any]]:
             for i in range(options.rounds):
                 own: dict[str, Any] = {}
                 for k, system in enumerate(systems):
-                    warm = place.insert(made.documents(f"warm-{i}-{k}", WARM[case], url))
-                    ids = place.insert(made.documents(f"post-{i}-{k}", number, url))
+                    warm = place.insert(made.documents(f"peers-warm-{i}-{k}", WARM[case], url))
+                    ids = place.insert(made.documents(f"peers-{i}-{k}", number, url))
                     load = run(system, place, warm, ids, options.packages)
                     results = {post_id[-6:]: r for post_id, r in place.results(ids).items()}
                     own = own or results

@@ -83,13 +83,17 @@ class Site:
 
     @contextmanager
     def kings(self, count: int = 1, tree: Path = ROOT) -> Iterator[None]:
-        """Run that many daemons of a checkout until the block ends; they serve when it begins."""
+        """Run that many daemons of a checkout until the block ends; they serve when it begins.
+
+        Those of a block around this one count.
+        """
+        before = len(self._kings)
         was, os.environ["PYTHONPATH"] = Path.cwd(), str(tree)
         os.chdir(tree)  # `daemon` starts the script of its folder
         with ExitStack() as stack:
-            stack.callback(self._kings.clear)
+            stack.callback(lambda: self._kings.__delitem__(slice(before, None)))
             stack.callback(os.chdir, was)
-            for number in range(count):
+            for number in range(before, count):
                 health = self.folder / f"king-{number}.json"
                 king = self.settings.king.model_copy(update={"health_file": health})
                 own = self.settings.model_copy(update={"king": king})

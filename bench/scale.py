@@ -59,10 +59,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 for count in options.kings:
                     with place.kings(count):
                         warm = min(WARM, number) * count
-                        place.load(documents("text", f"warm-{i}-{count}", warm, ""))
-                        load = place.load(documents("text", f"post-{i}-{count}", number, ""))
+                        place.load(documents("text", f"kings-warm-{i}-{count}", warm, ""))
+                        load = place.load(documents("text", f"kings-{i}-{count}", number, ""))
                     loads.setdefault(("Kings", count), []).append(load)
-                    posts = documents("text", f"bare-{i}-{count}", number, "")
+                    posts = documents("text", f"loops-{i}-{count}", number, "")
                     bare = place.bare(posts, BATCH, count)
                     loads.setdefault((f"bare loops, {BATCH} at once", count), []).append(bare)
     rows = []

@@ -160,9 +160,9 @@ def measure(options: argparse.Namespace, case: Any) -> list[dict[str, Any]]:
                     site(broker, made.settings, folder / broker[0]) as place,
                     place.kings(tree=options.tree),
                 ):
-                    place.load(made.documents("warm", len(made.entries), url))
+                    place.load(made.documents("light-warm", len(made.entries), url))
                     loads = [
-                        place.load(made.documents(f"post-{i}", number, url))
+                        place.load(made.documents(f"light-{i}", number, url))
                         for i in range(options.rounds)
                     ]
                 again = alone_ms(made, url, PASSES[case])

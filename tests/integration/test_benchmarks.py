@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import peers
 import pytest
 import scale
 import speed_of_light
+from rig import Site, site
+from workloads import workload
 
 from tests.support.processes import ROOT
 
@@ -67,6 +71,17 @@ def test_every_benchmark_says_how_it_is_run(tmp_path: Path) -> None:
     assert ended == {Path(script).name: [0, "usage: "] for script in SCRIPTS}
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A daemon for all of them: each would take ten CPU-seconds to load its models."""
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # a rig sets it for what it starts
+        made = workload("tiny", folder)
+        with site("embedded", made.settings, folder) as place, place.kings():
+            yield place
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("bench", "figure"),
@@ -81,9 +96,10 @@ def test_every_benchmark_says_how_it_is_run(tmp_path: Path) -> None:
     ],
 )
 def test_small_run_measures_every_case_and_writes_it(
-    bench: Any, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Any, figure: str, served: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # benches set it for what they start
+    if hasattr(bench, "site"):
+        monkeypatch.setattr(bench, "site", lambda *_: nullcontext(served))
     assert bench.main(["--small", f"--out={tmp_path}"]) == 0
     written = json.loads((tmp_path / f"{bench.__name__}.json").read_text(encoding="utf-8"))
     assert {"machine", "date", "commit", "runs"} < written.keys()

@@ -1,10 +1,11 @@
-"""``insighttag tune-host``: measures in the real workers, and writes what the daemon then takes."""
+"""``insighttag tune-host``: measures in real workers, and writes what the daemon then takes."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ from config.settings import Settings
 from king.status import write_health
 from scripts.cli import run
 from tests.support.tiny_models import tiny_features
+from tests.support.workers.toys import TOY
+from workers import runner
 from workers.pool.placement import place
+from workers.pool.pool import ProcessPool
+from workers.pool.supervisor import ROLES
 from workers.tuning import measure_batches
 
 
@@ -39,6 +44,9 @@ def config(tmp_path: Path) -> Path:
 def test_what_was_measured_is_what_the_daemon_takes(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Extractors are stand-ins: the real ones would load for half a minute of CPU."""
+    roles = {**ROLES, "extract": TOY}
+    monkeypatch.setattr(runner, "ProcessPool", partial(ProcessPool, roles=roles))
     monkeypatch.setattr(workers.tuning, "LEAST_TURN_S", 0.5)
     options = ("--seconds", "5", "--videos", "0", "--images", "1", "--json")
     assert run(["tune-host", "--config", str(config), *options]) == 0
