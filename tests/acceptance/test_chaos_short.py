@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from chaos_rig.run import Stock
 
 from tests.support.services import MongoServer, RabbitMQServer, RedisServer, unavailable
 
@@ -29,8 +30,10 @@ def test_nothing_is_lost_doubled_or_left_behind(tmp_path: Path) -> None:
         unavailable("needs rabbitmq-server and redis-server")
     if not MongoServer.available():
         unavailable("needs nx-27017")
+    Stock.at(tmp_path / "stock", posts=8)  # here, where torch is loaded already
     command = [sys.executable, str(ROOT / "bench" / "chaos.py"), "--short", f"--posts={POSTS}"]
     command += ["--limit-s=200", f"--out={tmp_path}", f"--keep={tmp_path / 'logs'}"]
+    command += [f"--stock={tmp_path / 'stock'}"]
     child = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

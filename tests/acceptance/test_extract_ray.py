@@ -27,11 +27,12 @@ POSTS = 64  # four chunks: two for each actor
 def address() -> Iterator[str]:
     """A cluster of two nodes with a core each."""
     pytest.importorskip("ray", reason="the extra insighttag[ray] is not installed")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Workers started in advance would lack the environment of the actors, and be of no use.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
     from ray.cluster_utils import Cluster
 
     small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 1024 * 1024}
-    head = {**small, "include_dashboard": False}
+    head = {**small, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
     cluster: Any = Cluster(initialize_head=True, head_node_args=head)
     try:
         cluster.add_node(**small)

@@ -30,14 +30,13 @@ from tests.support.processes import ROOT
 BENCH = ROOT / "bench"
 SCRIPTS = sorted(str(p) for p in BENCH.glob("*.py") if "__main__" in p.read_text("utf-8"))
 
-# All in one process, since each would load the same libraries. Of an earlier script no path and
-# no module of ours is left.
+# All in one process, since each would load the same libraries, and our packages, which are
+# installed. Of an earlier script no path and no module of the benchmarks or the tests is left.
 PROGRAM = """
 import contextlib, io, json, runpy, sys
 from pathlib import Path
 scripts, path, ended = sys.argv[1:], sys.path[1:], {}
-bench = Path(scripts[0]).parent
-ours = {path.stem for folder in (bench, bench.parent) for path in folder.iterdir()}
+apart = {"tests", *(path.stem for path in Path(scripts[0]).parent.iterdir())}
 for script in scripts:
     sys.argv, sys.path[:] = [script, "--help"], [str(Path(script).parent), *path]
     said = io.StringIO()
@@ -49,7 +48,7 @@ for script in scripts:
         code = end.code
     ended[Path(script).name] = [code, said.getvalue()[:7]]
     for name in list(sys.modules):
-        if name.partition(".")[0] in ours:
+        if name.partition(".")[0] in apart:
             del sys.modules[name]
 print(json.dumps(ended))
 """
