@@ -78,7 +78,7 @@ class Normalize(nn.Module):
         if kind != "patch":
             from timm.data.config import resolve_model_data_config
 
-            found = resolve_model_data_config(backbone)  # type: ignore[no-untyped-call]
+            found = resolve_model_data_config(backbone)
             mean, std = found["mean"], found["std"]
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", torch.tensor(mean).view(shape) * 255, persistent=False)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+import torch
 
 from config.features import AudioSettings, FeatureSettings, ImageSettings
 from config.presets import PRESETS
@@ -207,5 +208,6 @@ def test_the_catalogue_agrees_with_timm() -> None:
             continue
         config: Any = timm.get_pretrained_cfg(arch)
         assert known.repository == config.hf_hub_id
-        assert timm.create_model(arch, num_classes=0).num_features == known.dim
+        with torch.device("meta"):  # some have a billion parameters
+            assert timm.create_model(arch, num_classes=0).num_features == known.dim
         assert (known.licence or "Apache-2.0").lower() == config.license

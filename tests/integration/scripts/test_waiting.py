@@ -34,6 +34,9 @@ def test_who_waits_says_so_and_for_how_long(tmp_path: Path, deaf: str) -> None:
     broker = ["--set", f"broker.url={deaf}", "--set", "broker.socket_timeout_s=4"]
     patient = [word.replace("_s=4", "_s=90") for word in (*store, *broker)]
     asked = {
+        # First, since its workers begin to load models. Without the embedded Redis, which would
+        # outlive a King that is killed.
+        "work": (["work", *patient], "king.waiting", "until it answers", -9),
         "show": (["show", "p", *store], f"database {AWAY}: no answer yet", "at most 4 s", 1),
         "publish": (["publish", "p", *broker], f"broker {deaf}: no answer yet", "at most 4 s", 1),
         "pull": (
@@ -42,8 +45,6 @@ def test_who_waits_says_so_and_for_how_long(tmp_path: Path, deaf: str) -> None:
             "at most 91 s",
             1,
         ),
-        # Without the embedded Redis, which would outlive a King that is killed.
-        "work": (["work", *patient], "king.waiting", "until it answers", -9),
     }
     environment = {**os.environ, "INSIGHTTAG_LOG__FORMAT": "pretty", "NO_COLOR": "1"}
     begun = {
