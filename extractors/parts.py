@@ -258,7 +258,11 @@ class FrameChoice:
     @property
     def sampling(self) -> dict[str, str | int]:
         """Return it under the names of the settings."""
-        sampling: dict[str, str | int] = {"frames": self.count, "decode": self.mode}
+        sampling: dict[str, str | int] = {
+            "frames": self.count,
+            "decode": self.mode,
+            "colours": "of every pixel",
+        }
         if self.mode == "auto":
             sampling |= {"min_frames": self.least, "key_frames": "all"}
         if self.mode != "accurate":

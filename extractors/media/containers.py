@@ -11,7 +11,7 @@ import av.logging
 
 from common.errors import MediaError
 from extractors.media.sizes import filled_in
-from extractors.media.sniff import FileType
+from extractors.media.sniff import HEAD_BYTES, FileType
 
 Container: TypeAlias = Any  # av's stubs of streams and packets are unions that help nobody
 Stream: TypeAlias = Any
@@ -26,8 +26,9 @@ _DEMUXERS = {
 }
 """FFmpeg's names of the demuxers of a family; all others are called as the family."""
 
-_UNCERTAIN = ("mpegts", "mp3", "aac")
-"""Families that FFmpeg is told: it would not recognise one that begins inside a packet or frame."""
+_UNCERTAIN = ("mpegts", "mp3", "aac", "mp4")
+"""Families that FFmpeg is told: it would not recognise one that begins inside a packet or frame, or
+an MP4 whose head is longer than what it reads here."""
 
 _CLOCK_JUMPS = ("mpegts", "mpeg")
 """Demuxers whose clocks may restart or jump where recordings were joined or the source changed."""
@@ -62,9 +63,10 @@ def open_container(path: Path, file_type: FileType) -> Container:
         url = f"subfile,,start,{file_type.start},end,0,,:{url}"
     options = {"format_whitelist": demuxer, "protocol_whitelist": "file,subfile"}
     if family == "mp4":
-        # Its index tells all that FFmpeg would learn from decoding a frame: 6 ms of 720p.
-        options["skip_frame"] = "all"
-    told = demuxer if family in _UNCERTAIN else None
+        # Its index tells all that FFmpeg would learn from decoding a frame, 6 ms of 720p, and from
+        # reading more than one of each stream, another one.
+        options |= {"skip_frame": "all", "probesize": str(HEAD_BYTES)}
+    told = demuxer.partition(",")[0] if family in _UNCERTAIN else None
     try:
         file = None if file_type.start else filled_in(path, family)
         return av.open(file or url, format=told, options=options, metadata_errors="ignore")

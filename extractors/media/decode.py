@@ -271,7 +271,7 @@ def _scan(
     track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s), rate_hz or 0)
     read, film, film_bytes = 0, [], 0
     for packet in packets(container, *(s for s in (video, audio) if s is not None)):
-        if index is not None and packet.stream.type == "video":
+        if index is not None and packet.stream is video:
             index.add(packet)
             film_bytes += packet.size
             if film_bytes <= _KEPT_BYTES and not index.past_limit:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
+import io
 import re
 import threading
 import warnings
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import cv2
 import numpy as np
@@ -139,22 +139,16 @@ def picture_size(path: Path) -> tuple[int, int]:
     return picture.width, picture.height
 
 
-class _Source(mmap.mmap):
+class _Source(io.BytesIO):
     """A file as Pillow reads it: every segment, chunk or block by one or more calls."""
 
     _reads = 0
 
-    @classmethod
-    def of(cls, content: bytes) -> _Source:
-        source = cls(-1, max(1, len(content)))
-        source[: len(content)] = content
-        return source
-
-    def read(self, n: int | None = None) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
         self._reads += 1
         if self._reads > 2 * MAX_PARTS:
             raise ValueError("too many parts")
-        return super().read(n)
+        return super().read(size)
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ class _Picture:
     """A picture file, its pixels not decoded yet.
 
     Attributes:
-        source: Its content, up to its end.
+        content: Of the file, up to the picture's end.
         width: Of the picture turned upright.
         height: Of the picture turned upright.
         frames: Pictures of an animation; 1 for a still.
@@ -173,7 +167,7 @@ class _Picture:
     """
 
     file_type: FileType
-    source: _Source
+    content: bytes
     width: int
     height: int
     frames: int
@@ -186,23 +180,21 @@ class _Picture:
 def _open(path: Path, side: int = READ_SIDE) -> _Picture:
     file_type = check_type(path, "image")
     try:
-        with path.open("rb") as file:
-            source = _Source(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = path.read_bytes()
     except OSError as error:
         raise MediaError(f"cannot be read: {error.strerror}") from error
     family, frames, whole, cut = file_type.family, 1, 0, False
     image: Any = None
     with _reading(file_type):
-        if file_type.start:
-            source = _Source.of(source[file_type.start :])
+        content = content[file_type.start :]
         if family == "tiff":
-            exif = _tiff_tags(source)
+            exif = _tiff_tags(content)
             width, height = exif[Tag.ImageWidth], exif[Tag.ImageLength]
         else:
             if family == "heif":
                 _know_heif(file_type)
-            source, frames, whole, cut = _walked(source, family)
-            image = _header(source, family)
+            content, frames, whole, cut = _walked(content, family)
+            image = _header(content, family)
             if family in _ANIMATED:
                 frames = getattr(image, "n_frames", 1)
             width, height = image.size
@@ -212,39 +204,39 @@ def _open(path: Path, side: int = READ_SIDE) -> _Picture:
     if exif.get(Tag.Orientation) in (5, 6, 7, 8):
         width, height = height, width
     share = whole / frames if cut and frames > 1 else 1.0
-    return _Picture(file_type, source, width, height, frames, share, cut, image, side)
+    return _Picture(file_type, content, width, height, frames, share, cut, image, side)
 
 
-def _walked(source: _Source, family: str) -> tuple[_Source, int, int, bool]:
+def _walked(content: bytes, family: str) -> tuple[bytes, int, int, bool]:
     """Return a picture as Pillow can read it, its frames, the whole ones, and True if it is cut."""
     match family:
         case "jpeg":
-            source, cut = _jpeg(source)
-            return source, 1, 0, cut
+            content, cut = _jpeg(content)
+            return content, 1, 0, cut
         case "png":
-            source, cut, whole = _png(source)
-            return source, 1, whole, cut
+            content, cut, whole = _png(content)
+            return content, 1, whole, cut
         case "gif":
-            return _gif(source)
+            return _gif(content)
         case "webp":
-            return _webp(source), 1, 0, False
-    return source, 1, 0, False
+            return _webp(content), 1, 0, False
+    return content, 1, 0, False
 
 
-def _header(source: _Source, family: str) -> Any:
-    image = Image.open(cast("IO[bytes]", source), formats=[family])
+def _header(content: bytes, family: str) -> Any:
+    image = Image.open(_Source(content), formats=[family])
     clear = image.info.get("transparency")
     if family == "png" and image.mode == "L" and clear is not None:
         # Pillow spreads grey of 2 and 4 bits over 8, but not the grey that is transparent.
-        image.info["transparency"] = clear * _GREY_STEPS.get(source[_PNG_DEPTH_AT], 1)
+        image.info["transparency"] = clear * _GREY_STEPS.get(content[_PNG_DEPTH_AT], 1)
     return image
 
 
-def _tiff_tags(source: _Source) -> Any:
-    if b"+" in source[2:4]:  # BigTIFF, of which Pillow's `Exif` knows nothing
-        return cast("Any", Image.open(cast("IO[bytes]", source), formats=["tiff"])).tag_v2
+def _tiff_tags(content: bytes) -> Any:
+    if b"+" in content[2:4]:  # BigTIFF, of which Pillow's `Exif` knows nothing
+        return cast("Any", Image.open(_Source(content), formats=["tiff"])).tag_v2
     exif = Image.Exif()
-    exif.load_from_fp(cast("IO[bytes]", source))
+    exif.load_from_fp(_Source(content))
     return exif
 
 
@@ -280,7 +272,7 @@ _SEGMENT = re.compile(rb"\xff[\x01-\xfe]")
 _BEHIND_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither a stuffed byte nor a restart
 
 
-def _jpeg(data: _Source) -> tuple[_Source, bool]:
+def _jpeg(data: bytes) -> tuple[bytes, bool]:
     """Return a JPEG up to its end without stray bytes between segments, and True where it is cut.
 
     Phones append films and further pictures, which are none of its scans; the list of these
@@ -315,13 +307,13 @@ def _jpeg(data: _Source) -> tuple[_Source, bool]:
             raise ValueError("too many parts")
     if not scans or (cut and missing):
         raise ValueError("truncated")
-    return _Source.of(b"".join([*pieces, _END_OF_JPEG])), cut
+    return b"".join([*pieces, _END_OF_JPEG]), cut
 
 
 _FRAME_CHUNKS = (b"fcTL", b"fdAT")
 
 
-def _png(data: _Source) -> tuple[_Source, bool, int]:
+def _png(data: bytes) -> tuple[bytes, bool, int]:
     """Return a PNG, True where its end is missing, and its whole frames if it is an animation.
 
     Damaged chunks that no pixel depends on (text, profiles, times) are left out, as browsers do.
@@ -336,7 +328,7 @@ def _png(data: _Source) -> tuple[_Source, bool, int]:
         cut = end + 4 > len(data)
         if cut or kind == b"IEND":
             if pieces:
-                data = _Source.of(b"".join([*pieces, data[begun:]]))
+                data = b"".join([*pieces, data[begun:]])
             return data, cut, max(0, controls - cut)
         if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             if kind[:1].isupper() or kind in _FRAME_CHUNKS or not kind.isalpha():
@@ -348,7 +340,7 @@ def _png(data: _Source) -> tuple[_Source, bool, int]:
     raise ValueError("too many chunks")
 
 
-def _webp(data: _Source) -> _Source:
+def _webp(data: bytes) -> bytes:
     """Return a WebP whose header tells the size that its chunks have.
 
     Writers that cannot seek back leave 0 or the largest number there, others count the header, or
@@ -368,10 +360,10 @@ def _webp(data: _Source) -> _Source:
     if position == told <= len(data):
         return data
     body = data[8:position].ljust(position - 8, b"\0")
-    return _Source.of(b"RIFF" + len(body).to_bytes(4, "little") + body)
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
 
 
-def _gif(data: _Source) -> tuple[_Source, int, int, bool]:
+def _gif(data: bytes) -> tuple[bytes, int, int, bool]:
     """Return a GIF, its frames, those of them that are whole, and True where it is cut.
 
     Pillow would take a truncated animation for a shorter one. A screen of no size, which some
@@ -407,7 +399,7 @@ def _gif(data: _Source) -> tuple[_Source, int, int, bool]:
         raise ValueError("truncated")
     if data[6:8] == b"\0\0" or data[8:10] == b"\0\0":
         screen = width.to_bytes(2, "little") + height.to_bytes(2, "little")
-        data = _Source.of(data[:6] + screen + data[10:])
+        data = data[:6] + screen + data[10:]
     return data, frames, whole, cut
 
 
@@ -440,13 +432,11 @@ def _decode_still(picture: _Picture) -> Pixels:
     image, family = picture.image, picture.file_type.family
     with _reading(picture.file_type):
         if family == "tiff":
-            picture.source.seek(0)
             with contextlib.suppress(Exception):  # Pillow does not know all that OpenCV does
-                image = Image.open(cast("IO[bytes]", picture.source), formats=["tiff"])
-            if (
-                image is None or not image.has_transparency_data
-            ):  # OpenCV darkens what shines through
-                return _decode_by_opencv(picture.source)
+                image = Image.open(_Source(picture.content), formats=["tiff"])
+            # OpenCV darkens what shines through.
+            if image is None or not image.has_transparency_data:
+                return _decode_by_opencv(picture.content)
         if family == "jpeg":
             pixels = _decode_jpeg(picture)
             if pixels is not None:
@@ -454,8 +444,8 @@ def _decode_still(picture: _Picture) -> Pixels:
             _draft(image, picture.side)
         if family != "gif":
             image.load()
-        if family == "gif" or (family == "png" and picture.source[_PNG_DEPTH_AT] == 16):
-            decoded = _decode_by_opencv(picture.source)
+        if family == "gif" or (family == "png" and picture.content[_PNG_DEPTH_AT] == 16):
+            decoded = _decode_by_opencv(picture.content)
             clear = image.info.get("transparency")
             if isinstance(clear, int) and image.mode.startswith("I"):  # OpenCV leaves it opaque
                 alpha = np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8)
@@ -476,7 +466,7 @@ def _decode_jpeg(picture: _Picture) -> Pixels | None:
     reduced = _REDUCED[_reduction(image.size, picture.side)]
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | reduced
     with _silent_libjpeg():
-        pixels: Any = cv2.imdecode(np.frombuffer(picture.source, np.uint8), flags)
+        pixels: Any = cv2.imdecode(np.frombuffer(picture.content, np.uint8), flags)
     if pixels is None or _turn(image) is None:
         return cast("Pixels | None", pixels)
     return np.asarray(_upright(Image.fromarray(pixels), image))
@@ -536,12 +526,11 @@ def _salvage(picture: _Picture) -> tuple[Pixels, float]:
     """
     images = []
     for other in (False, True):
-        source = picture.source
+        content = picture.content
         if picture.file_type.family == "jpeg":
             end = (_NOISE if other else b"") + _END_OF_JPEG
-            source = _Source.of(source[: -len(_END_OF_JPEG)] + end)
-        source.seek(0)
-        image: Any = Image.open(cast("IO[bytes]", source), formats=[picture.file_type.family])
+            content = content[: -len(_END_OF_JPEG)] + end
+        image: Any = Image.open(_Source(content), formats=[picture.file_type.family])
         _draft(image, picture.side)
         if picture.file_type.family != "jpeg":
             image.load_prepare()
@@ -588,10 +577,10 @@ def _from_cmyk(pixels: Pixels) -> Pixels:
     return np.asarray(black - ((255 - inks[:, :, :3]) * black >> 8), np.uint8)
 
 
-def _decode_by_opencv(source: _Source) -> Pixels:
+def _decode_by_opencv(content: bytes) -> Pixels:
     """Decode a still of any depth to RGB of 8 bits; only a TIFF comes upright."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it raises what matters
-    pixels: Any = cv2.imdecode(np.frombuffer(source, np.uint8), cv2.IMREAD_UNCHANGED)
+    pixels: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError("OpenCV cannot decode it")
     pixels = _eight_bits(pixels)

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 import av
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -84,10 +85,15 @@ def log_mel_patches(waveform: Waveform) -> Rows:
     # (frames, window): a view, one frame every 10 ms
     frames = np.lib.stride_tricks.sliding_window_view(waveform, _WINDOW)[::_HOP]
     patches = np.empty((count, PATCH_FRAMES, BANDS), np.float32)
+    block = np.zeros((_BLOCK_PATCHES * PATCH_FRAMES, _FFT))  # frames, filled up with silence
     for first in range(0, count, _BLOCK_PATCHES):
         last = min(count, first + _BLOCK_PATCHES)
-        block = frames[first * PATCH_FRAMES : last * PATCH_FRAMES] * _window()
-        magnitudes = np.abs(np.fft.rfft(block, _FFT)).astype(np.float32)  # (frames, 257)
+        part = frames[first * PATCH_FRAMES : last * PATCH_FRAMES]
+        np.multiply(part, _window(), out=block[: len(part), :_WINDOW])
+        # Packed: the real bin 0, then real and imaginary parts of bins 1 to 255, the real bin 256.
+        spectra = cv2.dft(block[: len(part)], flags=cv2.DFT_ROWS)  # (frames, 512)
+        packed = np.asarray(spectra[:, 1:-1], np.float32)  # (frames, 510)
+        magnitudes = np.abs(packed.view(np.complex64))  # (frames, 255)
         mel = magnitudes @ _mel_weights()  # (frames, bands)
         # (frames, bands) -> (patches, 96 frames, bands)
         patches[first:last] = np.log(mel + np.float32(_LOG_OFFSET)).reshape(-1, PATCH_FRAMES, BANDS)
@@ -103,14 +109,12 @@ def _window() -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _mel_weights() -> npt.NDArray[np.float32]:
-    """Return HTK mel triangles ``(257, 64)``: FFT bins -> bands; the DC bin has no weight."""
-    bins = _mel(np.linspace(0.0, LogMelPatches.rate_hz / 2, _FFT // 2 + 1))[:, None]  # (257, 1)
+    """Return HTK mel triangles ``(255, 64)``: FFT bins 1 to 255 -> bands; others have no weight."""
+    bins = _mel(np.linspace(0.0, LogMelPatches.rate_hz / 2, _FFT // 2 + 1))[1:-1, None]  # (255, 1)
     edges = np.linspace(_mel(np.float64(_LOWEST_HZ)), _mel(np.float64(_HIGHEST_HZ)), BANDS + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]  # (64,) each
     rising, falling = (bins - lower) / (centre - lower), (upper - bins) / (upper - centre)
-    weights = np.maximum(0.0, np.minimum(rising, falling))
-    weights[0] = 0.0
-    return np.asarray(weights, np.float32)
+    return np.asarray(np.maximum(0.0, np.minimum(rising, falling)), np.float32)
 
 
 def _mel(frequency_hz: Any) -> Any:
@@ -179,7 +183,7 @@ class SoundTrack:
             self._block = av.AudioFifo()
             # Interleaved: PyAV reads past the end of a planar frame's list of 8 channels and more.
             self._to_float = av.AudioResampler("flt", frame.layout, frame.sample_rate)
-            self._resampler = av.AudioResampler("flt", "mono", self._rate_hz)
+            self._resampler = av.AudioResampler("fltp", "mono", self._rate_hz)
         frame.pts = None  # gaps and jumps of time stamps are no silence
         self._left_s -= frame.samples / frame.sample_rate
         try:
@@ -214,9 +218,12 @@ class SoundTrack:
             [block] = self._to_float.resample(block)
             # (1, samples * channels) -> (channels, samples)
             channels = block.to_ndarray().reshape(-1, count).T
-        if not max(channels.max(), -channels.min()) <= _LOUDEST:  # NaN is not, either
+        loud = not max(channels.max(), -channels.min()) <= _LOUDEST  # NaN is
+        if block.format.name == "fltp" and block.layout.name == "mono" and not loud:
+            return block
+        if loud:
             channels = np.clip(np.nan_to_num(channels), -_LOUDEST, _LOUDEST)
         mono = channels.mean(0, dtype=np.float32) if count > 1 else channels[0]
-        mixed = av.AudioFrame.from_ndarray(mono[None], format="flt", layout="mono")
+        mixed = av.AudioFrame.from_ndarray(mono[None], format="fltp", layout="mono")
         mixed.sample_rate = block.sample_rate
         return mixed

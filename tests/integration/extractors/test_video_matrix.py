@@ -107,7 +107,7 @@ def test_containers_and_codecs(tmp_path: Path, name: str) -> None:
     assert decoded.failures == {}
     with av.open(str(path)) as container:
         plain = [
-            f.reformat(32, 32, "rgb24", interpolation="AREA").to_ndarray()
+            f.reformat(32, 32, "gbrp", interpolation="AREA").to_ndarray()
             for f in container.decode(video=0)
         ]
     for frame in decoded.frames:
@@ -356,7 +356,7 @@ def test_refreshed_recordings_begin_anywhere(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, **FILMS["refresh.ts"], container_options=options)
     with av.open(str(path)) as container:
         plain = [
-            f.reformat(32, 32, "rgb24", interpolation="AREA").to_ndarray()
+            f.reformat(32, 32, "gbrp", interpolation="AREA").to_ndarray()
             for f in container.decode(video=0)
         ]
     frames, times = joined_late(path)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from config.features import FeatureSettings
+from extractors.media.pictures import average
 from extractors.media.video import FrameScaler
 from tests.support import media
 from tests.support.extractors.video_support import (
@@ -131,12 +132,12 @@ def test_frames_that_look_alike_are_read_once(tmp_path: Path) -> None:
         assert len(decoded.pictures) == pictures
 
 
-@pytest.mark.parametrize(("size", "apart"), [(180, 1), (320, 0)])
+@pytest.mark.parametrize(("size", "apart"), [(160, 1), (180, 0), (320, 0)])
 @pytest.mark.parametrize("mode", ["keyframes", "auto"])
 def test_large_key_frames_are_left_as_blocks(
     tmp_path: Path, mode: str, size: int, apart: float
 ) -> None:
-    """They hardly show where frames are halved for the encoder; other frames are smoothed."""
+    """They hardly show where frames are more than halved for the encoder; others are smoothed."""
     scenes: Any = [cv2.resize(media.noise(16, 9, seed), (640, 360)) for seed in range(4)]
     path = media.write_video(
         tmp_path / "a.mp4",
@@ -153,6 +154,17 @@ def test_large_key_frames_are_left_as_blocks(
     difference = np.abs(found.astype(int) - np.stack(whole))
     assert difference.mean() <= apart
     assert difference.any() == (apart > 0)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("pix_fmt", ["rgb24", "yuv444p", "yuv422p", "yuvj420p", "yuv420p10le"])
+def test_colours_of_columns_are_not_mixed(pix_fmt: str, width: int) -> None:
+    """Columns that change their colour are averaged as a picture's, from any format of pixels."""
+    columns = np.repeat(np.array([[220, 40, 40], [40, 40, 220]], np.uint8), width, axis=0)
+    pixels: Any = np.tile(columns, (64, 32 // width, 1))
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=pix_fmt)
+    scaled = FrameScaler(lambda width, height: (32, 32))(frame)
+    assert np.abs(scaled.astype(int) - average(pixels, 32, 32)).max() <= 2
 
 
 def test_sound_and_silence(tmp_path: Path) -> None:
