@@ -392,7 +392,7 @@ class Scheduler:
         for queue_name in load.queues:
             if suspects := self._suspects.get(queue_name):
                 # A suspect runs alone: the worker takes nothing new until it is empty.
-                if load.tasks or not self._open(queue_name, suspects[0]):
+                if load.tasks or not self._open(queue_name, suspects[0], load):
                     return None
                 return self._suspects[queue_name].popleft()
         if load.at_most is not None and len(load.tasks) >= load.at_most:
@@ -403,7 +403,7 @@ class Scheduler:
         best: TaskQueue | None = None
         for queue_name in load.queues:
             head = self._head(queue_name)
-            if head is None or not self._open(queue_name, head):
+            if head is None or not self._open(queue_name, head, load):
                 continue
             waiting = load.waiting.get(queue_name, 0.0)
             fits = waiting + head.weight <= 2 - _FULL if waiting > 1 - _FULL else not full
@@ -416,11 +416,13 @@ class Scheduler:
         self._queue_sizes[best] -= 1
         return heapq.heappop(self._queues[best])[1]
 
-    def _open(self, queue_name: TaskQueue, head: QueuedTask) -> bool:
+    def _open(self, queue_name: TaskQueue, head: QueuedTask, load: WorkerLoad) -> bool:
         if queue_name == "decode":
             return self.slots.free > 0
         if queue_name in self._gathered:
-            return self._gathered[queue_name]
+            # A worker with encoders that idles takes a text alone; the fusion worker often idles.
+            idle = queue_name != "fuse" and not load.tasks
+            return idle or self._gathered[queue_name]
         # Files wait on disk for a decoder: what is full downstream stops the downloads, later those
         # of files that overtake the videos there.
         is_video = isinstance(head.task, FetchTask) and head.task.media.kind == "video"

@@ -149,10 +149,13 @@ def test_posts_are_gathered_for_fusion_while_much_else_is_open() -> None:
 
 
 def test_texts_are_gathered_while_much_else_is_open() -> None:
-    """Until they are an eighth of the open tasks beyond eight: a text alone takes twice as long."""
+    """Until they are an eighth of the open tasks beyond eight, or a worker has nothing else."""
     made = scheduler(extractor())
     for _ in range(23):
         made.submit(decode_task(), 99)
+    alone = made.submit(text_task("x"), 99)
+    assert ids(sent(made)) == [alone]
+    made.began("e", [alone], 0.0)
     first = made.submit(text_task("x"), 99)
     assert sent(made) == []
     second = made.submit(text_task("x"), 99)
