@@ -18,24 +18,25 @@ import ipaddress
 import math
 import os
 import secrets
+import select
 import shutil
 import socket
 import ssl
 import string
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import certifi
 import structlog
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util import make_headers, parse_url
 from urllib3.util.ssl_ import create_urllib3_context
 
 from common.errors import FetchRefused, FetchRetryable, TaggingError, path_error
@@ -67,9 +68,18 @@ _RETRYABLE = frozenset({202, 408, 409, 421, 423, 425, 429})
 _MAX_URL = 8192
 """Longer URLs are refused; browsers and servers stop at about as many characters."""
 
+_MOST_KEPT = 4
+"""Connections that one thread keeps alive: as many hosts as the media of a post come from. At half,
+posts of two hosts in turn connect anew; at double, idle ones cost servers memory."""
+_PORTS = {"http": 80, "https": 443}
+_OPTIONS = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
+
+_BROKE = "the connection broke"
 _NO_HTTP = "the answer is no proper HTTP"
+_NO_URL = "not a URL that can be requested"
 _NO_MEDIA = frozenset({"application/json", "application/xhtml+xml", "application/xml"})
 
+_Host: TypeAlias = tuple[str, str, int]  # scheme, name or address, port
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -193,16 +203,18 @@ class _TimedSocket(socket.socket):
     """
 
     guard: Guard
+    read_timeout_s: float
 
     def recv_into(self, *arguments: Any) -> int:
-        timeout_s, left_s = self.gettimeout(), self.guard.left_s
+        left_s = self.guard.left_s
         if left_s <= 0:
             raise TimeoutError
-        self.settimeout(left_s if timeout_s is None else min(timeout_s, left_s))
-        try:
-            return super().recv_into(*arguments)
-        finally:
-            self.settimeout(timeout_s)
+        self.settimeout(min(self.read_timeout_s, left_s))
+        return super().recv_into(*arguments)
+
+
+class _TimedTls(_TimedSocket, ssl.SSLSocket):
+    """The same with TLS."""
 
 
 class _FinalResponse(http.client.HTTPResponse):
@@ -216,68 +228,23 @@ class _FinalResponse(http.client.HTTPResponse):
             http.client.parse_headers(self.fp)
 
 
-def _pool_classes(of_thread: Guard) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return urllib3's pools with connections that the guard makes."""
-
-    class Plain(_TimedSocket):
-        guard = of_thread
-
-    class Tls(_TimedSocket, ssl.SSLSocket):
-        guard = of_thread
-
-    class Guarded(HTTPConnection):
-        response_class = _FinalResponse
-
-        def _new_conn(self) -> socket.socket:
-            timeout_s = self.timeout if isinstance(self.timeout, (int, float)) else 60.0
-            made = of_thread.connect(self._dns_host, self.port, timeout_s, self.socket_options)
-            sock = Plain(fileno=made.detach())
-            sock.settimeout(min(timeout_s, max(0.01, of_thread.left_s)))
-            return sock
-
-    @functools.cache  # reading the authorities takes longer than a small download
-    def tls_context() -> ssl.SSLContext:
-        context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
-        context.sslsocket_class = Tls
-        context.load_verify_locations(certifi.where())
-        return context
-
-    class GuardedTls(Guarded, HTTPSConnection):
-        def connect(self) -> None:
-            self.ssl_context = tls_context()
-            super().connect()
-
-    class Pool(urllib3.HTTPConnectionPool):
-        ConnectionCls = Guarded
-
-    class TlsPool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = GuardedTls
-
-    return {"http": Pool, "https": TlsPool}
-
-
 class Fetcher:
     """Downloads for one thread; connections are kept alive between downloads."""
 
     def __init__(self, settings: FetchSettings) -> None:
         self._settings = settings
         self._guard = Guard(allow_private=settings.allow_private_hosts)
-        self._headers = {
-            "User-Agent": settings.user_agent,
-            "Accept": "*/*",
-            "Accept-Encoding": "identity",
-        }
-        # Not requests, which takes as much CPU again for what a download does without: proxies,
-        # cookies and .netrc.
-        self._pools = urllib3.PoolManager(
-            num_pools=4,
-            maxsize=1,
-            timeout=urllib3.Timeout(
-                connect=settings.connect_timeout_s, read=settings.read_timeout_s
-            ),
-            retries=False,
-        )
-        self._pools.pool_classes_by_scheme = _pool_classes(self._guard)
+        agent = settings.user_agent.encode("latin-1", "replace")
+        self._head = b"User-Agent: %s\r\nAccept: */*\r\nAccept-Encoding: identity\r\n" % agent
+        self._kept: dict[_Host, _TimedSocket] = {}  # the one used last comes last
+
+    @functools.cached_property  # reading the authorities takes longer than a small download
+    def _tls(self) -> ssl.SSLContext:
+        context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
+        context.sslsocket_class = _TimedTls
+        context.set_alpn_protocols(["http/1.1"])
+        context.load_verify_locations(certifi.where())
+        return context
 
     def fetch(self, media: Media, target: Path, *, tries: int = FETCH_TRIES) -> Fetched:
         """Download to a file that must not exist yet.
@@ -305,44 +272,117 @@ class Fetcher:
                 time.sleep(_PAUSE_S)
 
     def close(self) -> None:
-        self._pools.clear()
+        while self._kept:
+            self._kept.popitem()[1].close()
 
     def _try(self, url: str, target: Path) -> Fetched:
         try:
-            with closing(self._open(url)) as response:
-                try:
-                    return self._save(response, target)
-                except ValueError as error:  # a size of a chunk that is no number
-                    raise FetchRetryable(_NO_HTTP) from error
-        except urllib3.exceptions.HTTPError as error:
-            self._guard.check()
-            raise self._mapped(error) from error
-        except (ValueError, UnicodeError) as error:  # http.client and idna on strange URLs
-            raise FetchRefused("not a URL that can be requested") from error
-
-    def _open(self, url: str) -> urllib3.BaseHTTPResponse:
-        """Return the answer at the end of the redirects, its body still to be read."""
-        for _ in range(self._settings.max_redirects + 1):
-            url = f"https:{url}" if url.startswith("//") else url  # as a page on https means it
-            login = _check_url(url)
-            response = self._pools.request(
-                "GET",
-                url,
-                headers=self._headers | login,
-                preload_content=False,
-                redirect=False,  # each target is checked like the first
-            )
-            location = response.headers.get("Location")
-            if response.status not in _REDIRECTS or not location:
-                return response
-            # Not read, for it may be endless; a short one is, to keep the connection alive.
-            if (response.length_remaining or STEP_BYTES) < STEP_BYTES:
-                response.read(decode_content=False)
-            response.close()
-            url = urljoin(url, _unquoted(location))
+            for _ in range(self._settings.max_redirects + 1):
+                url = f"https:{url}" if url.startswith("//") else url  # as a page on https means it
+                fetched = self._get(url, target)
+                if isinstance(fetched, Fetched):
+                    return fetched
+                url = urljoin(url, _unquoted(fetched))  # each target is checked like the first
+        except (ValueError, UnicodeError) as error:  # of urllib3, and of idna for strange names
+            raise FetchRefused(_NO_URL) from error
         raise FetchRefused(f"more than {self._settings.max_redirects} redirects")
 
-    def _save(self, response: urllib3.BaseHTTPResponse, target: Path) -> Fetched:
+    def _get(self, url: str, target: Path) -> Fetched | str:
+        """Save what is there, or return where a redirect points to."""
+        host, request = self._request(url, _check_url(url))
+        sock = self._connected(host)
+        response, is_whole = _FinalResponse(sock), False
+        try:
+            self._ask(sock, request, response)
+            location: str | None = response.headers.get("Location")
+            if response.status not in _REDIRECTS or not location:
+                result: Fetched | str = self._save(response, target)
+            else:
+                result = location
+                # Not read, for it may be endless; a short one is, to keep the connection alive.
+                if response.length is not None and response.length < STEP_BYTES:
+                    deque(self._body(response), maxlen=0)
+            is_whole = response.isclosed() and not response.will_close
+        finally:
+            response.close()
+            self._keep(host, sock) if is_whole else sock.close()
+        return result
+
+    def _request(self, url: str, login: str) -> tuple[_Host, bytes]:
+        """Return where to ask, and what; ValueError for what is no URL."""
+        # Not urllib3's connections, still less requests: they take most of the CPU of a small
+        # download, for what it does without: proxies, cookies, retries and .netrc.
+        parts = parse_url(url)
+        name, scheme = parts.host or "", parts.scheme or ""
+        port = parts.port or _PORTS[scheme]
+        target = parts.request_uri
+        if any(char <= " " or char == "\x7f" for char in name + target):
+            raise ValueError
+        shown = name.rstrip(".") + (f":{port}" if port != _PORTS[scheme] else "")
+        request = f"GET {target} HTTP/1.1\r\nHost: {shown}\r\n{login}".encode("ascii")
+        return (scheme, name.strip("[]"), port), request + self._head + b"\r\n"
+
+    def _connected(self, host: _Host) -> _TimedSocket:
+        """Return a connection to a host, a kept one if the server has not closed it."""
+        kept = self._kept.pop(host, None)
+        if kept is not None:
+            poller = select.poll()
+            poller.register(kept, select.POLLIN)
+            if not poller.poll(0):  # it has nothing to say unasked
+                return kept
+            kept.close()
+        scheme, name, port = host
+        plain = self._guard.connect(name, port, self._settings.connect_timeout_s, _OPTIONS)
+        sock = _TimedSocket(fileno=plain.detach())
+        if scheme == "https":
+            sock = self._with_tls(sock, name)
+        sock.guard, sock.read_timeout_s = self._guard, self._settings.read_timeout_s
+        return sock
+
+    def _with_tls(self, sock: _TimedSocket, name: str) -> _TimedSocket:
+        try:
+            sock.settimeout(min(self._settings.read_timeout_s, max(0.01, self._guard.left_s)))
+            own = name.rstrip(".").partition("%")[0]  # without the zone of an address
+            return cast("_TimedTls", self._tls.wrap_socket(sock, server_hostname=own))
+        except BaseException as error:
+            sock.close()
+            match error:
+                case ssl.SSLError() | TimeoutError() | ConnectionError():
+                    raise self._mapped(error) from error
+                case OSError():  # of this system: the authorities cannot be read
+                    reason = f"the TLS connection: {error.strerror or error}"
+                    raise FetchRetryable(reason) from error
+            raise
+
+    def _keep(self, host: _Host, sock: _TimedSocket) -> None:
+        self._kept[host] = sock
+        if len(self._kept) > _MOST_KEPT:
+            self._kept.pop(next(iter(self._kept))).close()
+
+    def _ask(self, sock: _TimedSocket, request: bytes, response: http.client.HTTPResponse) -> None:
+        """Send a request, and read the answer up to its body."""
+        try:
+            sock.settimeout(min(sock.read_timeout_s, max(0.01, self._guard.left_s)))
+            sock.sendall(request)
+            response.begin()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._mapped(error) from error
+        if len({*response.headers.get_all("Content-Length", ())}) > 1:
+            raise FetchRetryable(_NO_HTTP)
+
+    def _body(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """Yield the body as it was sent."""
+        try:
+            while chunk := response.read(STEP_BYTES):
+                yield chunk
+        except (OSError, http.client.HTTPException) as error:
+            raise self._mapped(error) from error
+        except ValueError as error:  # a size of a chunk that is no number
+            raise FetchRetryable(_NO_HTTP) from error
+        if response.length:
+            raise FetchRetryable(_BROKE)
+
+    def _save(self, response: http.client.HTTPResponse, target: Path) -> Fetched:
         status = response.status
         if status != 200:
             if status not in _RETRYABLE and status < 500:
@@ -356,12 +396,11 @@ class Fetcher:
         if length.isdecimal() and int(length[:20]) > self._settings.max_bytes:
             raise self._too_large()
         size, digest = 0, hashlib.sha256()
-        # Not unpacked by urllib3, which unpacks a chunk whole, however large it becomes.
-        body = response.stream(STEP_BYTES, decode_content=False)
+        encodings = ",".join(response.headers.get_all("Content-Encoding", ()))
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
-                for chunk in unpacked(body, response.headers.get("Content-Encoding", "")):
+                for chunk in unpacked(self._body(response), encodings):
                     self._guard.check()
                     if suspect and chunk and not size and not is_media(chunk):
                         raise FetchRefused(f"content type {content_type[:60]} is not media")
@@ -381,30 +420,15 @@ class Fetcher:
 
     def _mapped(self, error: Exception) -> FetchRetryable | FetchRefused:
         """Return our error; never the library's text, which may hold the URL."""
-        if isinstance(error, urllib3.exceptions.SSLError):
-            return _tls_failure(error)
-        if isinstance(error, urllib3.exceptions.TimeoutError):
-            return FetchRetryable(f"timed out after {self._settings.read_timeout_s:g} s")
-        if isinstance(error, urllib3.exceptions.InvalidHeader):  # of the answer: two lengths
-            return FetchRetryable(_NO_HTTP)
-        if isinstance(error, urllib3.exceptions.LocationValueError):
-            return FetchRefused("not a URL that can be requested")
-        return FetchRetryable("the connection broke")
-
-
-def _tls_failure(error: BaseException) -> FetchRetryable | FetchRefused:
-    """Return the error of a host that is not trusted, of a broken connection, or of our system."""
-    # The libraries wrap OpenSSL's error, or the system's, as a cause, a context or an argument.
-    for _ in range(8):
-        inner = error.__cause__ or next((a for a in error.args if isinstance(a, Exception)), None)
-        if inner is None:
-            break
-        error = inner
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
-        return FetchRetryable("the connection broke")
-    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
-        return FetchRetryable(f"the TLS connection: {error.strerror or error}")
-    return FetchRefused("the TLS connection cannot be trusted or agreed on")
+        self._guard.check()
+        match error:
+            case TimeoutError():
+                return FetchRetryable(f"timed out after {self._settings.read_timeout_s:g} s")
+            case ssl.SSLEOFError() | ssl.SSLZeroReturnError() | ssl.SSLSyscallError():
+                return FetchRetryable(_BROKE)
+            case ssl.SSLError():
+                return FetchRefused("the TLS connection cannot be trusted or agreed on")
+        return FetchRetryable(_BROKE)
 
 
 def _unquoted(location: str) -> str:
@@ -416,10 +440,10 @@ def _unquoted(location: str) -> str:
         return quote(sent, safe=string.printable)
 
 
-def _check_url(url: str) -> dict[str, str]:
-    """Return the header of the user that a URL names, if any; FetchRefused for a bad one."""
+def _check_url(url: str) -> str:
+    """Return the line of the user that a URL names, or nothing; FetchRefused for a bad one."""
     if len(url) > _MAX_URL or any(ord(char) < 0x20 or char == "\x7f" for char in url):
-        raise FetchRefused("not a URL that can be requested")
+        raise FetchRefused(_NO_URL)
     parts = urlsplit(url)
     if not parts.scheme:
         raise FetchRefused("is not http or https, and paths of this host are not read here")
@@ -428,9 +452,9 @@ def _check_url(url: str) -> dict[str, str]:
     if not parts.hostname or parts.hostname.startswith(("*", ".")):
         raise FetchRefused("the URL names no host")
     if parts.username is None:
-        return {}
+        return ""
     login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return {"Authorization": urllib3.make_headers(basic_auth=login)["authorization"]}
+    return f"Authorization: {make_headers(basic_auth=login)['authorization']}\r\n"
 
 
 def seconds_of(retry_after: str) -> float | None:
