@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -182,8 +182,8 @@ def padded(
     for row, array in zip(rows, arrays, strict=True):
         if array is not None:
             row[: len(array)] = array
-    mask = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
-    return torch.from_numpy(rows), mask
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]  # (posts, n)
+    return torch.from_numpy(rows), torch.from_numpy(mask)
 
 
 def batch_of(
@@ -270,9 +270,11 @@ class FusionModel(nn.Module):
         classify: The last layer, ``(...) -> (classes)``; a model with others names
             them in `classifiers`.
         own_weight: Weight of the own heads' losses; 0 makes no such heads.
+        takes_none: `fuse` also takes n = 0, outside training: a stream of no post costs nothing.
     """
 
     classify: nn.Linear | GroupLinear
+    takes_none: ClassVar[bool] = False
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__()
@@ -302,7 +304,7 @@ class FusionModel(nn.Module):
     ) -> Fused:
         """Return logits from tokens ``(posts, n, dim)``, zero where masks ``(posts, n)`` are False.
 
-        n is at least 1, and the True ones of a mask stand before the False ones.
+        n is at least 1 (see `takes_none`); the True ones of a mask stand before the False ones.
         """
 
     @abstractmethod
@@ -351,11 +353,12 @@ class FusionModel(nn.Module):
         return {stream: cast("nn.Linear", self.own[stream]) for stream in self.streams}
 
     def _fused(self, batch: Batch) -> tuple[Fused, Mapping[Stream, torch.Tensor]]:
-        masks = {m: _some(mask) for m, mask in self.drop(batch.masks).items()}
+        masks, given = self.drop(batch.masks), batch.tokens
+        if self.training or not self.takes_none:
+            masks = {m: _some(mask) for m, mask in masks.items()}
+            given = {m: _some(rows) for m, rows in given.items()}
         # Zero where masked: a NaN in the padding would pass through 0 · NaN.
-        tokens = {
-            m: _some(batch.tokens[m]).masked_fill(~masks[m][:, :, None], 0.0) for m in self.streams
-        }
+        tokens = {m: given[m].masked_fill(~masks[m][:, :, None], 0.0) for m in self.streams}
         return self.fuse(tokens, masks), masks
 
 

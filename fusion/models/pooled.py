@@ -37,6 +37,8 @@ class MeanPooling(nn.Module):
         return {m: self._vector(m, tokens[m], masks[m]) for m in tokens}
 
     def _vector(self, stream: Stream, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if not tokens.shape[1]:
+            return self.missing[stream].expand(tokens.shape[0], -1)
         pooled = masked_mean(self.norms[stream](tokens), mask)  # (posts, dim)
         projected = self.projections[stream](pooled)  # (posts, width)
         return or_missing(projected, mask, self.missing[stream])
@@ -44,6 +46,8 @@ class MeanPooling(nn.Module):
 
 class ConcatMLP(FusionModel):
     """Mean of each stream's tokens -> projection -> concat -> layers with ReLU -> logits."""
+
+    takes_none = True
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__(schema, settings)
@@ -78,6 +82,8 @@ class GMU(FusionModel):
 
     Source: arXiv 1702.01992, section 3.
     """
+
+    takes_none = True
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__(schema, settings)

@@ -132,6 +132,8 @@ class Block(nn.Module):
 class OneSequence(FusionModel):
     """The base of models over one sequence: the tokens of every stream, or its "missing" token."""
 
+    takes_none = True
+
     def __init__(
         self, schema: InputSchema, settings: ModelSettings, width: int, *, motion: bool
     ) -> None:
@@ -153,13 +155,15 @@ class OneSequence(FusionModel):
         alone: dict[Stream, torch.Tensor] = {}
         for stream in self.streams:
             mask = masks[stream]
-            projected = self.projections[stream](tokens[stream])  # (posts, n, width)
+            stand_in = self.missing[stream].expand(mask.shape[0], 1, -1)
+            projected = stand_in[:, :0]
+            if mask.shape[1]:
+                projected = self.projections[stream](tokens[stream])  # (posts, n, width)
             if self.has_own_heads:
                 alone[stream] = masked_mean(projected, mask)
             if stream in self.scales:
                 places = self.places[: projected.shape[1]]
                 projected = projected + self.scales[stream] * places
-            stand_in = self.missing[stream].expand(mask.shape[0], 1, -1)
             rows.append(torch.cat([projected, stand_in], dim=1) + self.kinds[stream])
             # The stand-in is seen exactly where nothing else of the modality is.
             there += [mask, ~mask.any(dim=1, keepdim=True)]
