@@ -17,6 +17,7 @@ import http.client
 import ipaddress
 import math
 import os
+import re
 import secrets
 import select
 import shutil
@@ -65,6 +66,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Besides 5xx. 202: a picture that is still being made; 409 and 423: a file that is being written or
 # brought back from an archive; 421: another connection may reach the right server.
 _RETRYABLE = frozenset({202, 408, 409, 421, 423, 425, 429})
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_URL = 8192
 """Longer URLs are refused; browsers and servers stop at about as many characters."""
 
@@ -234,7 +236,7 @@ class Fetcher:
     def __init__(self, settings: FetchSettings) -> None:
         self._settings = settings
         self._guard = Guard(allow_private=settings.allow_private_hosts)
-        agent = settings.user_agent.encode("latin-1", "replace")
+        agent = _CONTROLS.sub(" ", settings.user_agent).encode("latin-1", "replace")
         self._head = b"User-Agent: %s\r\nAccept: */*\r\nAccept-Encoding: identity\r\n" % agent
         self._kept: dict[_Host, _TimedSocket] = {}  # the one used last comes last
 
@@ -314,10 +316,12 @@ class Fetcher:
         # download, for what it does without: proxies, cookies, retries and .netrc.
         parts = parse_url(url)
         name, scheme = parts.host or "", parts.scheme or ""
-        port = parts.port or _PORTS[scheme]
         target = parts.request_uri
-        if any(char <= " " or char == "\x7f" for char in name + target):
-            raise ValueError
+        if scheme not in _PORTS or not name or " " in name + target:
+            raise ValueError("no host, or a space")
+        if _CONTROLS.search(name + target):
+            raise ValueError("a control character")
+        port = parts.port or _PORTS[scheme]
         shown = name.rstrip(".") + (f":{port}" if port != _PORTS[scheme] else "")
         request = f"GET {target} HTTP/1.1\r\nHost: {shown}\r\n{login}".encode("ascii")
         return (scheme, name.strip("[]"), port), request + self._head + b"\r\n"
@@ -442,7 +446,7 @@ def _unquoted(location: str) -> str:
 
 def _check_url(url: str) -> str:
     """Return the line of the user that a URL names, or nothing; FetchRefused for a bad one."""
-    if len(url) > _MAX_URL or any(ord(char) < 0x20 or char == "\x7f" for char in url):
+    if len(url) > _MAX_URL or _CONTROLS.search(url):
         raise FetchRefused(_NO_URL)
     parts = urlsplit(url)
     if not parts.scheme:

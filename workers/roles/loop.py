@@ -390,7 +390,6 @@ def main(arguments: Sequence[str]) -> int:
     structlog.contextvars.bind_contextvars(worker=launch.name)
     logging.captureWarnings(True)
     logging.getLogger().addHandler(_LibraryLog(logging.WARNING))
-    logging.getLogger("urllib3").propagate = False  # its lines hold URLs of posts
     arena = None
     if launch.arena >= 0:
         arena = Arena.map(launch.arena, launch.slots, launch.slot_bytes)
@@ -520,7 +519,7 @@ class ThreadedRole(ABC):
 
 class _Downloads(ThreadedRole):
     def __init__(self, settings: FetchSettings, spool: Path) -> None:
-        # urllib3 and TLS take their time at the start of a process, and other roles do without.
+        # TLS and http.client take their time at the start of a process, and other roles do without.
         from workers.fetch import Fetcher, file_name
 
         super().__init__(settings.connections, "fetch")
