@@ -92,6 +92,8 @@ def test_what_stands_in_the_padding_changes_nothing(name: str) -> None:
             lacking = support.features("b", lengths={modality: 0})
             missing = model(batch_of([posts[0], lacking]))
             torch.testing.assert_close(model(masked), missing, atol=1e-5, rtol=0)
+            alone = model(batch_of([lacking]))  # a batch without a row of the modality
+            torch.testing.assert_close(alone, missing[1:], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", JOINT)
