@@ -37,11 +37,12 @@ class MeanPooling(nn.Module):
         return {m: self._vector(m, tokens[m], masks[m]) for m in tokens}
 
     def _vector(self, stream: Stream, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        missing: torch.Tensor = self.missing[stream]
         if not tokens.shape[1]:
-            return self.missing[stream].expand(tokens.shape[0], -1)
+            return missing.expand(tokens.shape[0], -1)
         pooled = masked_mean(self.norms[stream](tokens), mask)  # (posts, dim)
         projected = self.projections[stream](pooled)  # (posts, width)
-        return or_missing(projected, mask, self.missing[stream])
+        return or_missing(projected, mask, missing)
 
 
 class ConcatMLP(FusionModel):
