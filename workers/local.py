@@ -14,6 +14,7 @@ import itertools
 import math
 import tempfile
 import threading
+from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,9 +24,10 @@ import msgspec
 from common.errors import BundleError, ConfigError
 from common.fingerprint import mismatch
 from common.post import Failure, Modality, Stream
+from config.features import ExtractorName
 from config.settings import Settings
 from extractors.parts import slot_bytes
-from extractors.suite import ExtractorSuite
+from extractors.suite import ALL_EXTRACTORS, ExtractorSuite
 from workers.cache.entries import GuardedStore
 from workers.cache.features import FeatureCache
 from workers.fetch import Fetcher, file_name
@@ -80,6 +82,7 @@ def local_runner(
 class LocalPool:
     """A pool without processes; `poll` runs one task and returns its event.
 
+    It hosts ``extractors`` only, or all.
     With ``lazy`` an encoder is loaded when the first post needs it; a fusion or a cache, which need
     the fingerprints of all, load all at the start.
     """
@@ -89,6 +92,7 @@ class LocalPool:
         settings: Settings,
         *,
         fuse: bool = True,
+        extractors: Collection[ExtractorName] | None = None,
         device: str | None = None,
         lazy: bool = False,
     ) -> None:
@@ -104,7 +108,8 @@ class LocalPool:
         # One slot: a media file's arrays are extracted before the next file is decoded.
         self._slots = SlotTable(1)
         self._arena = Arena.private(1, slot_bytes(settings))
-        self._suite = ExtractorSuite(settings.features, self._device, threads=first.threads)
+        names = [name for name in ALL_EXTRACTORS if extractors is None or name in extractors]
+        self._suite = ExtractorSuite(settings.features, self._device, names, threads=first.threads)
         self._ids = itertools.count(1)
         self._queue: dict[int, Task] = {}
         self._woken = threading.Event()

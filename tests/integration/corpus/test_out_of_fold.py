@@ -26,9 +26,7 @@ from workers.local import LocalPool
 
 @pytest.fixture(autouse=True)
 def _models_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        runner, "ProcessPool", lambda settings, fuse, **_: LocalPool(settings, fuse=fuse)
-    )
+    monkeypatch.setattr(runner, "ProcessPool", LocalPool)
 
 
 @pytest.fixture

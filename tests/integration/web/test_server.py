@@ -409,56 +409,60 @@ def test_what_the_workers_refuse_is_a_mistake_too(site: Site, tmp_path: Path) ->
     assert list((tmp_path / "spool").glob("king-*")) == []
 
 
-@pytest.mark.rabbitmq
-def test_a_broker_with_an_alarm_silences_nobody(
-    site: Site, rabbitmq: RabbitMQServer, queue_name: str
-) -> None:
-    """More posts than there are threads: 503 and when to try again, while others are answered."""
+@pytest.fixture(scope="module")
+def publisher(site: Site, _rabbitmq_session: RabbitMQServer) -> Iterator[FlaskServer]:
+    """A server on RabbitMQ that begins to load; shared, since loading takes ten CPU-seconds."""
+    _rabbitmq_session.start()
     # A handshake that a crowded machine is slow to answer would be another error than the alarm.
     broker = (
-        f"broker.url={rabbitmq.url}",
-        f"broker.queue={queue_name}",
+        f"broker.url={_rabbitmq_session.url}",
+        f"broker.queue={site.folder.name}",
         "broker.socket_timeout_s=20",
     )
-    own = FlaskServer(site.config, site.folder, *broker, "store.url=mongodb://127.0.0.1:1/")
+    made = FlaskServer(site.config, site.folder, *broker, "store.url=mongodb://127.0.0.1:1/")
     try:
-        wait_until(lambda: own.answer("/healthz") is not None, 120, "the server")
-        wait_until(own.publishes, 60, "a broker that takes posts")
-        with rabbitmq.memory_alarm(), ThreadPoolExecutor(34) as threads:
-            pending = [
-                threads.submit(requests.post, f"{own.url}/v1/posts/p{i}", timeout=120)
-                for i in range(34)
-            ]
-            while wait(pending, timeout=0.2).not_done:
-                assert requests.get(f"{own.url}/healthz", timeout=30).json() == {"status": "ok"}
-        for answer in [each.result() for each in pending]:
-            error = answer.json()["error"]
-            assert (answer.status_code, error["type"]) == (503, "PublishRefused"), error["message"]
-            assert "alarm" in error["message"]
-            assert int(answer.headers["Retry-After"]) > 0
-        wait_until(own.publishes, 60, "a broker that takes posts")
+        yield made
     finally:
-        own.close()
+        made.close()
 
 
-def test_workers_that_cannot_load_now_are_started_again(site: Site) -> None:
+@pytest.mark.rabbitmq
+def test_workers_that_cannot_load_now_are_started_again(publisher: FlaskServer) -> None:
     """Killed while loading, as often as ends a pool that never worked: said, and tried anew."""
-    own = FlaskServer(site.config, site.folder)
-    try:
-        while not own.events("http.workers_failed"):
-            assert own.process.poll() is None, own.said
-            for each in own.descendants():
-                with contextlib.suppress(psutil.Error):
-                    if " ".join(each.cmdline()).startswith("insighttag: extract"):
-                        each.kill()
-            time.sleep(0.05)
-        assert "failed to start" in own.events("http.workers_failed")[0]["reason"]
-        own.until_ready()
-        answer = requests.post(f"{own.url}/v1/tag", json={"text": TEXT}, timeout=60)
-        assert answer.status_code == 200
-        assert own.stop() == 0
-    finally:
-        own.close()
+    while not publisher.events("http.workers_failed"):
+        assert publisher.process.poll() is None, publisher.said
+        for each in publisher.descendants():
+            with contextlib.suppress(psutil.Error):
+                if " ".join(each.cmdline()).startswith("insighttag: extract"):
+                    each.kill()
+        time.sleep(0.05)
+    assert "failed to start" in publisher.events("http.workers_failed")[0]["reason"]
+    publisher.until_ready()
+    answer = requests.post(f"{publisher.url}/v1/tag", json={"text": TEXT}, timeout=60)
+    assert answer.status_code == 200
+
+
+@pytest.mark.rabbitmq
+def test_a_broker_with_an_alarm_silences_nobody(
+    publisher: FlaskServer, rabbitmq: RabbitMQServer
+) -> None:
+    """More posts than there are threads: 503 and when to try again, while others are answered."""
+    url = publisher.url
+    wait_until(lambda: publisher.answer("/healthz") is not None, 120, "the server")
+    wait_until(publisher.publishes, 60, "a broker that takes posts")
+    with rabbitmq.memory_alarm(), ThreadPoolExecutor(34) as threads:
+        pending = [
+            threads.submit(requests.post, f"{url}/v1/posts/p{i}", timeout=120) for i in range(34)
+        ]
+        while wait(pending, timeout=0.2).not_done:
+            assert requests.get(f"{url}/healthz", timeout=30).json() == {"status": "ok"}
+    for answer in [each.result() for each in pending]:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"]) == (503, "PublishRefused"), error["message"]
+        assert "alarm" in error["message"]
+        assert int(answer.headers["Retry-After"]) > 0
+    wait_until(publisher.publishes, 60, "a broker that takes posts")
+    assert publisher.stop() == 0
 
 
 def test_help_and_mistakes_load_no_models() -> None:

@@ -55,9 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _models_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        runner, "ProcessPool", lambda settings, fuse, **_: LocalPool(settings, fuse=fuse)
-    )
+    monkeypatch.setattr(runner, "ProcessPool", LocalPool)
 
 
 def test_every_path_gives_the_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,5 @@ def driver(shared: Driver) -> Iterator[Driver]:
 def models_in_this_process() -> Iterator[None]:
     """Run scripts without workers, whose models take long to load."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            runner, "ProcessPool", lambda settings, fuse, **_: LocalPool(settings, fuse=fuse)
-        )
+        patch.setattr(runner, "ProcessPool", LocalPool)
         yield
