@@ -124,6 +124,15 @@ def test_cheap_frames(tmp_path: Path, name: str) -> None:
     check(decoded, list(decoded.times_s))
 
 
+def test_an_mp4_whose_index_is_far_off(tmp_path: Path) -> None:
+    """Padding stands in place of its type, and 200 KB between its frames and their index."""
+    path = write(tmp_path / "a.mp4")
+    head, index = path.read_bytes().replace(b"ftyp", b"free", 1).split(b"moov")
+    padding = (200_008).to_bytes(4, "big") + b"free" + bytes(200_000)
+    path.write_bytes(head[:-4] + padding + head[-4:] + b"moov" + index)
+    check(decode(path, settings(COUNT)))
+
+
 def without_index(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"idx1", b"JUNK"))
 
