@@ -4,8 +4,6 @@ A test may stop, kill or pause a session's server: the next test that asks for i
 again. Queues, databases and keys are shared by the session, so a test names its own.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import secrets

@@ -1,7 +1,5 @@
 """The short form of ``make chaos``: faults under load on both brokers, and nothing goes wrong."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

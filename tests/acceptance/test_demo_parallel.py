@@ -1,7 +1,5 @@
 """Stages of the demo run side by side; a file of its own, which the processes import quickly."""
 
-from __future__ import annotations
-
 import pytest
 
 from demo.parallel import map_items, run_jobs, tell

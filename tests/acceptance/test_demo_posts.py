@@ -1,7 +1,5 @@
 """The makers of demo posts: deterministic, balanced, decodable, and no tag given away."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Stages of the demo: skipped, failing and serving, as its end-to-end run does not show them."""
 
-from __future__ import annotations
-
 import importlib.util
 from dataclasses import replace
 from pathlib import Path

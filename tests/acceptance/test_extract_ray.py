@@ -1,7 +1,5 @@
 """Extraction: actors of Ray, on a cluster of two nodes on this machine."""
 
-from __future__ import annotations
-
 import builtins
 import json
 import os

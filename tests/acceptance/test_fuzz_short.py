@@ -1,7 +1,5 @@
 """A short form of ``make fuzz``: the same program, fewer files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`infer_net.py` with the daemon's settings: raw media to tags, as `insighttag tag` gives them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The daemon as it is started: real workers with small random models, real media, real servers."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path

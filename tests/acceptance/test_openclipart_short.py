@@ -1,7 +1,5 @@
 """The short forms of ``bench/openclipart.py`` and ``bench/heads.py``, on posts that are made up."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``insighttag retag`` and ``insighttag cache``, against real embedded services."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The sample data of ``data/``, and the commands of the README on them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

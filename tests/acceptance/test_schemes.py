@@ -4,8 +4,6 @@ Backbones are small and have random weights, so that tags mean nothing: what cou
 combination goes all the way, and that a post gets the same tags offline and online.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field

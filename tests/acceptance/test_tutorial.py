@@ -1,7 +1,5 @@
 """The tutorial, as a reader works through it: its commands in their order, in an empty folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The short form of ``bench/walk.py``: the page's commands on 40 posts; some scripts killed."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json

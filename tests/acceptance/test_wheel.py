@@ -4,8 +4,6 @@ The environment has the dependencies of this one, and nothing of ours beside the
 folder has modules with the names that our packages have in a checkout.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Tags by their texts, with the commands as they are started: a bundle, the daemon, more tags."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

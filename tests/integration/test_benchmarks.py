@@ -3,8 +3,6 @@
 Each in a process of its own would load torch for seconds.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

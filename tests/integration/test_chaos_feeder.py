@@ -1,7 +1,5 @@
 """The publisher of the chaos run loses nothing itself."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """The chaos run counts its own shared memory as left behind, never another program's."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import uuid

@@ -3,8 +3,6 @@
 Commands of blocks are parsed by the programs' own parsers; nothing is run.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The documentation site: it is built without a warning, loads nothing from elsewhere, is whole."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Parts that every process imports, and the help of commands, load no heavy library."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.support.processes import python

@@ -1,7 +1,5 @@
 """The metrics of a running King and of the HTTP server; and what refers to them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Rules that only a process of its own can show: its command line, log, neighbours and memory."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

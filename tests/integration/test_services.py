@@ -1,7 +1,5 @@
 """The servers that the other tests stand on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pymongo

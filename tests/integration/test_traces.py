@@ -1,7 +1,5 @@
 """Traces of a running King, as a collector gets them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -4,8 +4,6 @@ Each spawned process would load torch anew: 5 to 9 seconds, where the work of a 
 than one. The server never trains, so that what it forks can.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess

@@ -1,7 +1,5 @@
 """A HEIC picture put together by hand: turned, mirrored, of one HEVC frame that is kept here."""
 
-from __future__ import annotations
-
 import base64
 import struct
 

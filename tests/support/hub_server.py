@@ -1,7 +1,5 @@
 """A loopback server that speaks as much of the Hugging Face hub as its client needs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Pixels are uint8 RGB ``(height, width, 3)`` unless said otherwise; sound is floa
 ``(samples,)`` for mono and ``(samples, channels)`` for more.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction

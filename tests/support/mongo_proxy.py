@@ -1,7 +1,5 @@
 """A proxy before MongoDB that refuses writes with any error code, as a server in trouble does."""
 
-from __future__ import annotations
-
 import socket
 import struct
 import threading

@@ -1,7 +1,5 @@
 """Ports on loopback for the servers of the tests."""
 
-from __future__ import annotations
-
 import random
 import socket
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Python in a process of its own, and HTTP servers in threads."""
 
-from __future__ import annotations
-
 import os
 import resource
 import subprocess

@@ -1,7 +1,5 @@
 """A TCP proxy for tests that can make connections go silent, as a dead link does."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import ssl

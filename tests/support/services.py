@@ -5,8 +5,6 @@ dies with the process that started it. `start` waits until it answers; `stop` as
 `kill` is SIGKILL; after either, `start` brings it back on the same port with its data.
 """
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import os

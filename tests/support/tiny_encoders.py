@@ -1,7 +1,5 @@
 """Makers of small random checkpoints of every family of transformers, processors included."""
 
-from __future__ import annotations
-
 import json
 import string
 import warnings

@@ -3,8 +3,6 @@
 Heavy libraries are imported inside the makers, so that importing this module is cheap.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

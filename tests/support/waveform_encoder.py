@@ -1,7 +1,5 @@
 """A tiny encoder of plain sound on random weights: an example of a line in `AUDIO_ENCODERS`."""
 
-from __future__ import annotations
-
 import torch
 
 from config.features import AudioSettings

@@ -1,7 +1,5 @@
 """The tables of docs/ show what ``bench/results`` holds, and its figures reach their goals."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Floors of benchmarks: what is below one is said in a phrase."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

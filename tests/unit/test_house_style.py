@@ -1,7 +1,5 @@
 """The rules of the house that no linter knows: sizes, asserts, prints, and machine paths."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """No module imports itself by way of others, function-level imports included."""
 
-from __future__ import annotations
-
 from graphlib import CycleError, TopologicalSorter
 
 import grimp

@@ -1,7 +1,5 @@
 """The command ``analyze_posts``: its files, what it says of bad input, kills, memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """download_mp against a real server: results, limits, resuming, kills, a full disk, memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Extraction: the scripts as people run them, with real media, models and processes."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

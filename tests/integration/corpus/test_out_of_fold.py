@@ -1,7 +1,5 @@
 """Features of the posts that a backbone is trained on: out of fold, or marked as trained on."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pages, samples and the resume record of ``pull_posts``, each by itself."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from contextlib import suppress

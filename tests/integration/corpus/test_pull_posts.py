@@ -1,7 +1,5 @@
 """pull_posts against a real MongoDB-protocol server: mapping, choice, time, kills, mistakes."""
 
-from __future__ import annotations
-
 import json
 import random
 import subprocess

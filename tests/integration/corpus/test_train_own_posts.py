@@ -1,7 +1,5 @@
 """``insighttag train`` and ``tag`` on a folder of pictures and a table of labels."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

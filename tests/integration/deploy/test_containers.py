@@ -1,7 +1,5 @@
 """The image, the compose files and the chart: their own linters, and the code that they name."""
 
-from __future__ import annotations
-
 import configparser
 import json
 import os

@@ -1,7 +1,5 @@
 """The embedded services: started, found, revived with their data, and stopped; real servers."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

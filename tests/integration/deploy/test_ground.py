@@ -1,7 +1,5 @@
 """The ground that people stand on: make targets, the CI script, the hooks."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

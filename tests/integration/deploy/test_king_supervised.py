@@ -3,8 +3,6 @@
 Only a daemon that refuses its configuration ends with 2, and only that is not started again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import subprocess

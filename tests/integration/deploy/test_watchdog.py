@@ -1,7 +1,5 @@
 """The watchdog's actions: nudge, dump, kill, within a budget, each with a log line."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -3,8 +3,6 @@
 The limit to hold: a stall is over, and the King serves, within ``watchdog.stall_s`` + 15 s.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """The shipped supervisord.conf and the watchdog, under a real supervisord."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """The shipped supervisord.conf and systemd units agree with the settings and with each other."""
 
-from __future__ import annotations
-
 import configparser
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Encoders as OpenVINO runs them: the vectors of torch, from a cache that is never trusted."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Text in pictures: what is read, in which order, and what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

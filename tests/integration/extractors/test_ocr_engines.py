@@ -1,7 +1,5 @@
 """Engines of OCR: each reads the same text with PP-OCRv6, and says what it lacks."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess

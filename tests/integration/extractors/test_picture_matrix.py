@@ -1,7 +1,5 @@
 """Pictures of every format, orientation, depth and transparency, against Pillow by value."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Weights put in place by `insighttag weights get`: fetched from a hub, copied, loaded offline."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

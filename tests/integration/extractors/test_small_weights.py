@@ -1,7 +1,5 @@
 """The real weights that packages of the index bring (`insighttag[small]`)."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

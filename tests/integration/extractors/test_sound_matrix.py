@@ -3,8 +3,6 @@
 The second judge is PyAV, decoding and resampling plainly, or the tone itself.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from pathlib import Path

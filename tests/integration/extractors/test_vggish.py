@@ -1,7 +1,5 @@
 """Patches -> VGGish features: against torchvggish itself; the network has no small form."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

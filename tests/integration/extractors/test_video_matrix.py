@@ -4,8 +4,6 @@ Each film holds a grey patch that gets lighter with time, and a colour in each c
 shows is known, whatever decodes it. PyAV, decoding plainly from the beginning, is the second judge.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sources of weights: hubs and their absence, files and their faults, seeds."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

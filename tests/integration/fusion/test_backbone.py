@@ -1,7 +1,5 @@
 """Backbones of posts in memory: they learn what they are shown, and extractors load them."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

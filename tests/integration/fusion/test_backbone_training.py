@@ -1,7 +1,5 @@
 """Backbones out of data files, through `train_net.py`: what is written is what extractors load."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -288,7 +286,7 @@ class _Tired(MediaItems):
             raise MediaError("the disk is gone")
 
     @classmethod
-    def after(cls, reads: int) -> _Tired:
+    def after(cls, reads: int) -> "_Tired":
         made = cls()
         object.__setattr__(made, "left", reads)
         return made

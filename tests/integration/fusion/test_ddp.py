@@ -1,7 +1,5 @@
 """Several processes learn what one does, and end together."""
 
-from __future__ import annotations
-
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """k-fold training that leaks nothing, and snapshots of one training, as one bundle."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

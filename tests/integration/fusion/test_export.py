@@ -1,7 +1,5 @@
 """Exported fusion models give what the model gives, in other runtimes."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`infer_net.py` into a MongoDB collection: the daemon's sub-document, in a real server."""
 
-from __future__ import annotations
-
 import json
 import re
 from datetime import datetime

@@ -1,7 +1,5 @@
 """`infer_net.py` on feature files: every option, the outputs, and what is wrong."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A second inference into the same output goes on: nothing twice, metrics of all posts."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -1,7 +1,5 @@
 """A post that lacks a modality is tagged at least as well as by any one of those that it has."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

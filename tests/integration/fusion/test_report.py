@@ -1,7 +1,5 @@
 """The report of a real training: its numbers are those of the model that is served."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

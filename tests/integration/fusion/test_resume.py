@@ -1,7 +1,5 @@
 """A run that was interrupted goes on as if it had not been; weights begin a new run."""
 
-from __future__ import annotations
-
 import random
 import time
 from pathlib import Path

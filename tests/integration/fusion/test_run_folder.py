@@ -1,7 +1,5 @@
 """Every run has a folder of its own, so that earlier runs and their bundles stay."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

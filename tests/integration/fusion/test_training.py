@@ -1,7 +1,5 @@
 """Training from feature files to a bundle: it learns, and every switch does what it says."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Bad input to a training: one clear line each, or with ``--skip_bad`` left out and listed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Posts that a part of the model was trained on never make a figure that looks like new ones."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A notebook's own modules, whose folder goes before a checkout's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

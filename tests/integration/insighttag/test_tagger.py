@@ -1,7 +1,5 @@
 """``import insighttag``: the same tags as `insighttag tag`, media in every form, mistakes named."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import tempfile

@@ -1,7 +1,5 @@
 """The contract of all brokers in `king.broker.connect.BROKERS`, and of the tests' own."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """Errors at the broker's edge: all mapped, told apart, in one line and without the password."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Broker connections through silence, restarts and kills, on real servers."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

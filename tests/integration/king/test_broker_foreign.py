@@ -1,7 +1,5 @@
 """Clients that are not ours: whatever they publish arrives as bytes, and is lost by nobody."""
 
-from __future__ import annotations
-
 import base64
 import bz2
 import gzip

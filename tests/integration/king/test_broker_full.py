@@ -1,7 +1,5 @@
 """A broker that is there and takes no messages: full, at its memory's limit, with an alarm."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Properties and bodies that a parser cannot read: one message's matter, never the connection's."""
 
-from __future__ import annotations
-
 import lzma
 import random
 

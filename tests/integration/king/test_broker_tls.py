@@ -1,7 +1,5 @@
 """``amqps://`` and ``rediss://``: encrypted, and the broker's certificate is verified."""
 
-from __future__ import annotations
-
 import shutil
 import ssl
 import subprocess

@@ -4,8 +4,6 @@ One daemon serves all tests, as it is started, with the small text extractor; it
 scores for the same post, so that a mix of two would be seen.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

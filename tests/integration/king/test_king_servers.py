@@ -1,7 +1,5 @@
 """The King on real servers: RabbitMQ, Redis and the MongoDB protocol, with fake workers."""
 
-from __future__ import annotations
-
 import json
 import random
 import resource

@@ -1,7 +1,5 @@
 """Lost posts are found and published again, by one King at a time; on real databases."""
 
-from __future__ import annotations
-
 import threading
 import time
 from dataclasses import replace

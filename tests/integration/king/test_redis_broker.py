@@ -1,7 +1,5 @@
 """The broker on Redis: a message is in its list or under a lease, and nowhere in between."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

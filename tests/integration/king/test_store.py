@@ -1,7 +1,5 @@
 """Attempts, results and dead letters in the store; the same in memory and in MongoDB."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone

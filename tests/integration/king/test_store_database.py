@@ -1,7 +1,5 @@
 """The real store: settings, documents, commands, and a database that is away."""
 
-from __future__ import annotations
-
 import socket
 import threading
 from collections.abc import Iterator

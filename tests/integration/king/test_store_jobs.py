@@ -1,7 +1,5 @@
 """Retries, leases, claims, and jobs of dead Kings."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

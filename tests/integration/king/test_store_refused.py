@@ -1,7 +1,5 @@
 """Writes that MongoDB refuses for good hold up nothing else; on real databases."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """``insighttag bundle rollback`` and ``insighttag doctor``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command line against real embedded services, and its answers to mistakes."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

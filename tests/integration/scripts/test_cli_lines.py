@@ -1,7 +1,5 @@
 """``--file`` of the commands line by line, dead letters by ID, and which services are started."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``insighttag doctor``: what keeps the daemon from tagging is a line with its remedy."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """Encoders that cannot be had: exit code 2, and a line with setting, file and way out."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

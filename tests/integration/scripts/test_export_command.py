@@ -1,7 +1,5 @@
 """``insighttag export``: the command, and every backbone."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The monitor's command on real servers."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """``insighttag bundle thresholds``: what is shown, what a change writes, each mistake's line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

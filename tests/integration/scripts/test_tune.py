@@ -1,7 +1,5 @@
 """``insighttag tune``: trials, the best values as a config, going on, mistakes in one line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``insighttag tune-host``: measures in real workers, and writes what the daemon then takes."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -1,7 +1,5 @@
 """A server that is away or deaf: what waits for it says so within seconds, and for how long."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

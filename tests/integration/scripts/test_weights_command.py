@@ -1,7 +1,5 @@
 """``insighttag weights``: the list, the folder of `small` from its packages, and its check."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The page in a real browser: what is uploaded there is shown with its tags."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from pathlib import Path

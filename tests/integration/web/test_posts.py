@@ -1,7 +1,5 @@
 """Posts by ID over a real Redis and a real database: published, and read in every state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path

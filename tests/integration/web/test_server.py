@@ -1,7 +1,5 @@
 """`flask_server.py` with real workers: posts by URL and by upload, signals, and what is refused."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal
@@ -110,7 +108,7 @@ class FlaskServer:
         assert status in (202, 503)
         return status == 202
 
-    def until_ready(self, timeout_s: float = 300) -> FlaskServer:
+    def until_ready(self, timeout_s: float = 300) -> "FlaskServer":
         """Wait for the workers."""
         end = time.monotonic() + timeout_s
         while True:

@@ -1,7 +1,5 @@
 """The words in sound, from files to tags: one stream more on every path, and none when off."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

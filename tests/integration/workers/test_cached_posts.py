@@ -1,7 +1,5 @@
 """Posts with a cache: the same features as without, and nothing is done twice."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections import Counter

@@ -1,7 +1,5 @@
 """A worker's batches and its loop."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """Downloads: what comes, how much and how long."""
 
-from __future__ import annotations
-
 import shutil
 import ssl
 import subprocess

@@ -1,7 +1,5 @@
 """Downloads: where they may go."""
 
-from __future__ import annotations
-
 import ipaddress
 import socket
 import time

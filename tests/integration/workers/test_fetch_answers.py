@@ -1,7 +1,5 @@
 """Results of downloads: the content's hash, and the wait before the next try."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Errors of this host, not of a post: they are retryable, and reported as such."""
 
-from __future__ import annotations
-
 import resource
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """A person who follows one post reads few modules: they are counted while a post is tagged."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

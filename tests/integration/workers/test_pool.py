@@ -1,7 +1,5 @@
 """The pool on real processes that do what they are told (`tests.support.workers.toys`)."""
 
-from __future__ import annotations
-
 import threading
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The pool when its workers die, hang or lie (`tests.support.workers.toys`)."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

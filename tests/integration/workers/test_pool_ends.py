@@ -1,7 +1,5 @@
 """Start, refusal and stop of the pool, with toy workers (`tests.support.workers.toys`)."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

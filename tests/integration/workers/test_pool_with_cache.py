@@ -1,7 +1,5 @@
 """The cache in the real pool: posts without downloads, and a cache worker that dies."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

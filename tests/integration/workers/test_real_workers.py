@@ -1,7 +1,5 @@
 """The real roles in the real pool: a post's media from a web server to tags, and what breaks."""
 
-from __future__ import annotations
-
 import os
 import queue
 import shutil

@@ -1,7 +1,5 @@
 """Posts through a pool without queue and database: the runner over fake and real workers."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -4,8 +4,6 @@ Every case runs the real downloader against a real name server and real HTTP ser
 `tests.support.workers.ssrf_net`); a trap stands at every address that is not public, and counts.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 from pathlib import Path

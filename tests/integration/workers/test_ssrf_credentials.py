@@ -1,7 +1,5 @@
 """A worker knows nothing that leads from a hostile file to the broker or the database."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from config.settings import BrokerSettings, FetchSettings, Settings, StoreSettings

@@ -1,7 +1,5 @@
 """Every backend passes the same contract; the S3 one on a real S3-protocol server."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Real demo posts with planted duplicates, as the tests of ``analyze_posts`` need them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass, field

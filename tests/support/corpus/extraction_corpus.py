@@ -1,7 +1,5 @@
 """A small corpus with sound and broken media, and the settings that its extraction needs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A folder laid out like a checkout, under a real supervisord with the shipped configuration."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

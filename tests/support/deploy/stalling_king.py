@@ -8,8 +8,6 @@ current folder, which the broker thread reads in its draining loop:
     lose!    the same, after every new connection too, as long as this process lives
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 from pathlib import Path

@@ -6,8 +6,6 @@ It stands in for ``online_process.py``. Files in the current folder:
     deadly   the extractor is killed while it loads
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Shell commands out of Markdown: those of fenced blocks whole, those inside a sentence by name."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """PP-OCRv6 of rapidocr's wheel as the transformers folders that the OCR engine ``torch`` reads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Decode small videos in tests, as the product does and plainly."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

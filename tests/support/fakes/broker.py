@@ -3,8 +3,6 @@
 Brokers on one `MemoryQueue` compete for its messages. `lose_connection` acts like a dead socket.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Iterable
@@ -38,7 +36,7 @@ class MemoryQueue:
     waiting: list[_Waiting] = field(default_factory=list)
     reachable: bool = True
     full: bool = False
-    _order: itertools.count[int] = field(default_factory=itertools.count)
+    _order: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def put(self, body: bytes, priority: int = 0, headers: object = None) -> None:
         """Publish a raw body, as any client could."""

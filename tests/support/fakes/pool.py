@@ -4,8 +4,6 @@ Tasks are answered inside `poll`, in order of priority and age, by a function th
 slots are counted by the real `SlotTable`, downloads are real files.
 """
 
-from __future__ import annotations
-
 import itertools
 import threading
 import time

@@ -1,7 +1,5 @@
 """A store in memory, with the verdicts of `king.store.store.Store`, and no server."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Posts to train on: written once in a session, and copied for each test."""
 
-from __future__ import annotations
-
 import shutil
 from multiprocessing import get_context
 from pathlib import Path

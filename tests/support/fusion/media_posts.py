@@ -1,7 +1,5 @@
 """Posts with small real pictures and videos, whose colours tell their tags."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Written from the definitions, in float64; they take a model's state_dict and give own heads too.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Small trainings and what they leave behind."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

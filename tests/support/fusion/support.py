@@ -1,7 +1,5 @@
 """Feature files, data files and settings for the tests of training and inference."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fixtures of the broker tests: one queue on one kind of broker, and a recording consumer."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

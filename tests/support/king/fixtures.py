@@ -1,7 +1,5 @@
 """Stores and brokers for the tests of king/."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

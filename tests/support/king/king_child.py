@@ -3,8 +3,6 @@
 Tests send it signals. The argument is a JSON file: ``{settings, latency_s, drain}``.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

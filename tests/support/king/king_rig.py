@@ -1,7 +1,5 @@
 """A King in a thread, on fake workers; for the tests of the King."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
@@ -76,7 +74,7 @@ class Running:
         except BaseException as error:  # noqa: BLE001 - shown to the test
             self.error = error
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> "Running":
         self._thread.start()
         return self
 

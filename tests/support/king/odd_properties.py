@@ -1,7 +1,5 @@
 """Messages whose properties py-amqp cannot read, though RabbitMQ passes them on."""
 
-from __future__ import annotations
-
 import random
 import struct
 from collections.abc import Callable, Mapping

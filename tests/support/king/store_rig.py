@@ -1,7 +1,5 @@
 """Support for tests of the store and of the King: one store, and a look behind it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

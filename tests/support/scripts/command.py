@@ -1,7 +1,5 @@
 """``insighttag`` with one configuration, and what it leaves in queue and database."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A small bundle with posts for the tests of `infer_net.py`, and a GAP of its own."""
 
-from __future__ import annotations
-
 import csv
 import json
 import time

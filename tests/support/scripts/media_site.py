@@ -1,7 +1,5 @@
 """A loopback media server for the downloading tests: counts requests, answers slowly or badly."""
 
-from __future__ import annotations
-
 import json
 import struct
 import threading

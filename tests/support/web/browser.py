@@ -1,7 +1,5 @@
 """Chromium without a window, driven through its DevTools protocol over a pair of pipes."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Fixtures of the HTTP server's tests: an application over fake workers, and a real server."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

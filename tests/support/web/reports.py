@@ -1,7 +1,5 @@
 """What the pages of all reports keep, in a real browser."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tests.support.services import unavailable

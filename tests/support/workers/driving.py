@@ -1,7 +1,5 @@
 """Drive a real pool in tests: submit, wait for the events of chosen tasks, look at processes."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -72,7 +70,7 @@ class Driver:
         """Every worker is up."""
         self.until(lambda: self.pool.ready and all(w.state == "ready" for w in self.pool.workers))
 
-    def start(self) -> Driver:
+    def start(self) -> "Driver":
         self.pool.start()
         self.until(lambda: any(isinstance(e, (PoolReady, PoolRefused)) for e in self.told))
         if PoolReady() not in self.told:

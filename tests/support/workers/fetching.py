@@ -1,7 +1,5 @@
 """Fetch in tests, and tell how it ended."""
 
-from __future__ import annotations
-
 from contextlib import closing
 from pathlib import Path
 from typing import Any

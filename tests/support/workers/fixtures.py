@@ -1,7 +1,5 @@
 """Fixtures of the workers: a web server, both ends of a channel, a pool of toys, or no workers."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 from typing import TypeAlias

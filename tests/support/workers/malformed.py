@@ -1,7 +1,5 @@
 """Messages of a worker that are none, and the reason for which the King refuses each."""
 
-from __future__ import annotations
-
 import pickle
 from typing import Any
 

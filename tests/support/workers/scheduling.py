@@ -1,7 +1,5 @@
 """Schedulers with toy workers, and what they send."""
 
-from __future__ import annotations
-
 from config.settings import Settings
 from workers.pool.scheduler import Scheduler, WorkerLoad
 from workers.protocol import ArrayRef, Envelope, ExtractTask

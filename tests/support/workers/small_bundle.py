@@ -1,7 +1,5 @@
 """A fusion bundle with random weights for the features that a suite of small extractors gives."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ one of two real servers: the public addresses to one that answers and redirects,
 address to a trap that counts. What the guard lets through is thus seen as a connection.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import socket
@@ -121,7 +119,7 @@ class NameServer:
 class _Handler(Answers):
     """``/302/URL`` redirects, ``/refresh/URL`` asks browsers to, all else is a picture."""
 
-    server: HttpServer
+    server: "HttpServer"
 
     def do_GET(self) -> None:
         self.server.paths.append(self.path)

@@ -4,8 +4,6 @@ A task's text is ``verb:argument``; for a fetch task it is the URL, for decode t
 extract the text, for fuse the post's ID.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

@@ -1,7 +1,5 @@
 """Notes which of our modules run while a test asks, in this process and in real workers."""
 
-from __future__ import annotations
-
 import os
 import pkgutil
 import signal

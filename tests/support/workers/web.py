@@ -1,7 +1,5 @@
 """A real HTTP server on loopback that answers as badly as the path asks."""
 
-from __future__ import annotations
-
 import gzip
 import socket
 import time

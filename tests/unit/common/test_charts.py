@@ -1,7 +1,5 @@
 """Charts of reports: where lines, columns and their names lie."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 

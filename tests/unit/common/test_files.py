@@ -1,7 +1,5 @@
 """Digests of files, and files that appear whole or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import resource

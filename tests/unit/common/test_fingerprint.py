@@ -1,7 +1,5 @@
 """Fingerprints say what they are of, and which setting two of them differ in."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

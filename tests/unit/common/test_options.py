@@ -1,7 +1,5 @@
 """Command lines: mistakes are one line with exit code 2, whichever program it is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Progress on a terminal of 80 columns, without a terminal, and while a server is waited for."""
 
-from __future__ import annotations
-
 import io
 import re
 import time

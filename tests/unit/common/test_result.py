@@ -1,7 +1,5 @@
 """The one document of a result: the same keys and scores wherever it goes."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from datetime import datetime, timezone

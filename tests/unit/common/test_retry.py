@@ -1,7 +1,5 @@
 """The retry policy, held against the formula written out by hand and a table of failures."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Stages that are skipped when they are done."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

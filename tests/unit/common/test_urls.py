@@ -1,7 +1,5 @@
 """Sources of media: what is downloaded, and what lies on this host."""
 
-from __future__ import annotations
-
 import pytest
 
 from common.urls import is_url, local_source

@@ -1,7 +1,5 @@
 """URLs without passwords, label maps, the error tree, and log set-up."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import subprocess

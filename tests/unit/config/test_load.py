@@ -1,7 +1,5 @@
 """Sources of settings, their precedence, and the error line of each mistake."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Presets of encoders: what they set, and what goes before them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import get_args
 

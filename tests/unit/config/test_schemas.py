@@ -1,7 +1,5 @@
 """The JSON Schemas in docs/schemas: up to date, with words for each key, true to our own files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

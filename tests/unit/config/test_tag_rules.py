@@ -1,7 +1,5 @@
 """The file of `fusion.tags`: tags hidden, renamed and mapped, and the line for each mistake."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

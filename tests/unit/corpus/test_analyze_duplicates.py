@@ -1,7 +1,5 @@
 """Duplicates: planted ones are found, others are not, and the same groups come each time."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

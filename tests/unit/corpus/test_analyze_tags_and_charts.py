@@ -1,7 +1,5 @@
 """Tags, languages, charts and measurements of ``analyze_posts``."""
 
-from __future__ import annotations
-
 import pytest
 
 from corpus.analyze import page

@@ -1,7 +1,5 @@
 """`build_trainval_data.py` and `build_label_map.py` on feature files with planted faults."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Turns and waits of hosts, the state file, types of files, and rates; no network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

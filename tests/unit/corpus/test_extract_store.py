@@ -1,7 +1,5 @@
 """Extraction: feature files that grow a modality at a time."""
 
-from __future__ import annotations
-
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

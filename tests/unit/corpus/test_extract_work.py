@@ -1,7 +1,5 @@
 """Extraction: what is read, what is a post's input, what is written of failures."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Posts out of folders, tables and files: what is read, and what each mistake says."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Mistakes in the options of the corpus scripts: exit 2, and one line that names what is wrong."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from functools import partial

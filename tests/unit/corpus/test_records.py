@@ -1,7 +1,5 @@
 """Files of posts: what is read, what is refused and why, and that files appear whole."""
 
-from __future__ import annotations
-
 import json
 import signal
 import threading

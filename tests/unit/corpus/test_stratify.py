@@ -1,7 +1,5 @@
 """Groups of posts and how they are dealt."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product

@@ -1,7 +1,5 @@
 """Label maps that change, and data files that follow."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One look at a health file: what is well, and what a container is restarted for."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -1,7 +1,5 @@
 """From health files to durations, on a clock that the test moves."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

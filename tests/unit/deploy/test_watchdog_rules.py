@@ -1,7 +1,5 @@
 """The watchdog's judgement: pure rules on one observation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

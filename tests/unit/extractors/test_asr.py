@@ -1,7 +1,5 @@
 """ASR: sound -> words -> features as of a text; a stream of its own, off by default."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Patches of sound -> features of any timm model, and what is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

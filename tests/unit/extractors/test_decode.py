@@ -1,7 +1,5 @@
 """The joint between files and extractors: what is allocated, what is imported, what is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

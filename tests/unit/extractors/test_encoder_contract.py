@@ -1,7 +1,5 @@
 """The contract of every family of encoders, on small random checkpoints, and the family's trap."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

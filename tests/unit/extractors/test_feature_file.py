@@ -1,7 +1,5 @@
 """Feature files: what is written is read, and what must not be read is refused by name."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Fingerprints of modalities out of those of extractors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

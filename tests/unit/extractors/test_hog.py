@@ -1,7 +1,5 @@
 """Pictures as histograms of gradients and colours: against numpy, and what is refused."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The posts that weights were trained on: kept with the weights, told of features."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A small copy of a picture tells where text may be; only there it is looked at in full size."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

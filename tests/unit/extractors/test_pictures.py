@@ -1,7 +1,5 @@
 """Pictures: every way that a picture can be stored gives the same upright RGB."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Choice of the arithmetic, and the accuracy of half precision."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The type of a file by its bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

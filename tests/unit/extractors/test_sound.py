@@ -1,7 +1,5 @@
 """Sound: patches as VGGish's own code makes them, and resampling as other libraries do it."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

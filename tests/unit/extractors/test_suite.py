@@ -1,7 +1,5 @@
 """The suite: all extractors of one process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

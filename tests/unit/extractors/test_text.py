@@ -1,7 +1,5 @@
 """Text -> token features: against transformers itself, padding, truncation, odd text."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

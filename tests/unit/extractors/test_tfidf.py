@@ -1,7 +1,5 @@
 """Character n-grams as a text encoder: against scikit-learn, alone and next to an encoder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files that waste time or break decoders: found by fuzzing, and by thinking like it."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from io import BytesIO

@@ -1,7 +1,5 @@
 """Videos: which frames are taken, exactly those, their pictures and their sound."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

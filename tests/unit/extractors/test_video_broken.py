@@ -1,7 +1,5 @@
 """Videos that are cut, that lie or that hold too much: what can be had of them, or one error."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import av

@@ -1,7 +1,5 @@
 """Choosing frames by the packets' times and key frames, without files."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from types import SimpleNamespace
 

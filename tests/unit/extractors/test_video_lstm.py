@@ -1,7 +1,5 @@
 """Scheme 2 of videos: TSN rows and the attention LSTM, against plain numpy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

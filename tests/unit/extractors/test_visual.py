@@ -1,7 +1,5 @@
 """Pictures -> timm features: against timm itself, batches, sizes, and what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

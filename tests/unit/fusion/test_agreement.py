@@ -1,7 +1,5 @@
 """The agreement of two models, held against numpy and the metrics of whole sets."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

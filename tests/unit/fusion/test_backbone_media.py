@@ -1,7 +1,5 @@
 """A backbone's view of posts' media, and its scores joined to a post's."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Bundles: whole or refused, replaced in one step, and served the same alone or in a batch."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Calibration and thresholds: how they are fitted, kept in the bundle, and applied to scores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoints: whole or not at all, and nothing in them runs code."""
 
-from __future__ import annotations
-
 import resource
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The defaults of fusion and docs/models.md agree with what ``bench/heads.py`` measured."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

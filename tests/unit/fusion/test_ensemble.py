@@ -1,7 +1,5 @@
 """Ensembles: the mean of their members, in one bundle."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

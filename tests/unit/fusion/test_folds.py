@@ -1,7 +1,5 @@
 """Parts of a data set: of equal size, alike in their tags, and the pool they are cut from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

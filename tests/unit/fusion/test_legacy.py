@@ -1,7 +1,5 @@
 """Legacy ``.pth``: read safely by default, whole models when allowed, and written."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Batches: their order, shared by processes; read ahead; and how long training waits for them."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

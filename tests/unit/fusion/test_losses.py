@@ -1,7 +1,5 @@
 """Losses and mixup, held against formulas in numpy, and at the edges of what floats can do."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Metrics against golden vectors, scikit-learn and slow implementations of our own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

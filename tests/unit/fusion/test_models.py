@@ -1,7 +1,5 @@
 """The fusion models: padding, missing modalities, own heads, and each against plain numpy."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from typing import Any

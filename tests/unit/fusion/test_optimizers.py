@@ -1,7 +1,5 @@
 """Optimizers, schedules, clipping, accumulation and exact resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Options of the commands become settings; a mistake in them is one line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

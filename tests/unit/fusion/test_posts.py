@@ -1,7 +1,5 @@
 """Data files are read as a stream, and kept as numbers."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import tracemalloc

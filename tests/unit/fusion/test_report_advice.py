@@ -1,7 +1,5 @@
 """What a training's report advises, by its figures."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A report's tables, charts of any number of tags, page, and pictures of posts."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

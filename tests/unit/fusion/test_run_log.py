@@ -1,7 +1,5 @@
 """The log of a run: lines for scripts, TensorBoard's curves, and what a resume does to both."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

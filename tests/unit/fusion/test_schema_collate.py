@@ -1,7 +1,5 @@
 """Features of posts -> padded batches."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

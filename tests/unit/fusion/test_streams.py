@@ -1,7 +1,5 @@
 """A modality with two streams: they are one modality wherever modalities are hidden."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

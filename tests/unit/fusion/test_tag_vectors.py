@@ -1,7 +1,5 @@
 """Tags by their texts: bundles without training, labels that calibrate, tags added by text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training of the attention LSTM: what is saved, and a post's score."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Wrong arguments of `insighttag.train`, which are found before anything is read or written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

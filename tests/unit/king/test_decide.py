@@ -1,7 +1,5 @@
 """The decision on a claim, seen from the job alone: one row for each case."""
 
-from __future__ import annotations
-
 import pytest
 
 from king.jobs import Job, decide

@@ -1,7 +1,5 @@
 """The dispatch thread on a fake pool: what an attempt comes to, and what it leaves behind."""
 
-from __future__ import annotations
-
 import functools
 import random
 import threading

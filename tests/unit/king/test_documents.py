@@ -1,7 +1,5 @@
 """Post documents are the platform's: whatever stands in them is read without an error."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

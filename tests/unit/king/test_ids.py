@@ -1,7 +1,5 @@
 """Every BSON type as an ID of a post: it has one text, and the text finds the document again."""
 
-from __future__ import annotations
-
 import uuid
 from datetime import datetime, timezone
 from typing import Any

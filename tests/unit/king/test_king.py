@@ -1,7 +1,5 @@
 """The King's threads together, on a queue, a store and workers in memory."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ends of the King: drained, out of time, refused, or by a thread that dies."""
 
-from __future__ import annotations
-
 import io
 import time
 from pathlib import Path

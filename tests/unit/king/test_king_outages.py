@@ -1,7 +1,5 @@
 """The King while its database, its broker or another King is away."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The queue message: what any client may publish, and what is refused by name."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 

@@ -1,7 +1,5 @@
 """Metrics stay few and readable, whatever names come along."""
 
-from __future__ import annotations
-
 from prometheus_client import Counter, generate_latest
 
 from king.metrics import Children, new_registry

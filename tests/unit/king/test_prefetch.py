@@ -1,7 +1,5 @@
 """How many messages are in hand, and how many of their posts begin."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,7 +127,7 @@ class _Storing:
         )
         self._runs = threading.Thread(target=self.thread.run)
 
-    def __enter__(self) -> _Storing:
+    def __enter__(self) -> "_Storing":
         self._runs.start()
         return self
 

@@ -1,7 +1,5 @@
 """A job that the database refuses, and a refusal without a database, hold up nothing else."""
 
-from __future__ import annotations
-
 import threading
 import time
 from pathlib import Path

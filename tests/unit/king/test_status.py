@@ -1,7 +1,5 @@
 """The status, the health file, and the names by which Kings know each other."""
 
-from __future__ import annotations
-
 import json
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The spans of an attempt: what they say, and when they lie."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone

@@ -1,7 +1,5 @@
 """The rewriting of imports for the wheel, in which all of ours is inside ``insighttag``."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``insighttag bundle`` on folders of bundles: list, show, diff, use, rollback, shadow, compare."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor

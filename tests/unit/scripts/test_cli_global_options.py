@@ -1,7 +1,5 @@
 """Options before the command, help for typing mistakes, and completion."""
 
-from __future__ import annotations
-
 import os
 from importlib.metadata import version
 

@@ -1,7 +1,5 @@
 """``insighttag tag``: reading posts from files, and what is printed of their results."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -98,7 +96,7 @@ class FakeRunner:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def __enter__(self) -> FakeRunner:
+    def __enter__(self) -> "FakeRunner":
         if self.settings.fusion.bundle == Path("absent"):
             raise ConfigError("fusion.bundle: absent: no such bundle")
         return self

@@ -1,7 +1,5 @@
 """The commands of ``insighttag``: examples that parse, one spelling of options, and its aliases."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """``insighttag init``: a folder whose settings every command takes up by itself."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """``insighttag inspect``: a media file as the model sees it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

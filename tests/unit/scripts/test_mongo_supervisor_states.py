@@ -1,7 +1,5 @@
 """Judgement of the monitor: states, exit codes, one line."""
 
-from __future__ import annotations
-
 import json
 from datetime import datetime, timedelta, timezone
 from typing import Any

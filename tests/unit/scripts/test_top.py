@@ -1,7 +1,5 @@
 """``insighttag top``: what a look holds, and how it is shown."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

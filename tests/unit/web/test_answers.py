@@ -1,7 +1,5 @@
 """Answers over fake workers: tags, all scores, labels, health, queue and database away."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

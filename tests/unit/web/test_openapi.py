@@ -1,7 +1,5 @@
 """The OpenAPI document is valid, and says of routes, bodies and answers what the code does."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import fields
 from typing import Any

@@ -1,7 +1,5 @@
 """Mistakes of clients: each has its status and its reason, and shows no internals."""
 
-from __future__ import annotations
-
 import io
 import json
 import socket

@@ -1,7 +1,5 @@
 """Shared memory: arrays in slots, and who holds which slot."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Messages between King and worker: what crosses, and what the King refuses."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One entry as bytes, what its key depends on, and what a bad cache does to a post: nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

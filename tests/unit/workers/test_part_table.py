@@ -1,7 +1,5 @@
 """The table of parts: from a file into a slot and out of it into an encoder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

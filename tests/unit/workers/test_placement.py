@@ -1,7 +1,5 @@
 """Where the numbers of workers are from: the settings, what was measured here, or a quick rule."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

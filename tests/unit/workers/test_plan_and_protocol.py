@@ -1,7 +1,5 @@
 """The plan of a post, branch by branch, and the size of what crosses between processes."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 import time

@@ -1,7 +1,5 @@
 """The plan where a modality has two streams, and where only some modalities are wanted."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

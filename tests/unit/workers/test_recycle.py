@@ -1,7 +1,5 @@
 """Worker processes are replaced before what they leak adds up."""
 
-from __future__ import annotations
-
 from config.settings import WorkerSettings
 from workers.roles.loop import Recycler
 

@@ -1,7 +1,5 @@
 """Order of tasks, choice of workers, and the cost of a death or a deadline."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Specs of workers: pins, back-off, fingerprints, memory."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

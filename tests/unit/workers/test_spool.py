@@ -1,7 +1,5 @@
 """The spool of downloads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from workers.fetch import Spool, file_name

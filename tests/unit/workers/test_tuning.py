@@ -1,7 +1,5 @@
 """Placements that follow from the costs of stages, and which of them is taken."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

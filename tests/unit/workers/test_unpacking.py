@@ -1,7 +1,5 @@
 """Bodies that servers packed: every encoding, whole and damaged, and labels that are none."""
 
-from __future__ import annotations
-
 import gzip
 import zlib
 from collections.abc import Callable, Iterator
