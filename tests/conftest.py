@@ -19,13 +19,7 @@ import hypothesis
 import pytest
 import structlog
 
-from tests.support.services import (
-    MongoServer,
-    RabbitMQServer,
-    RedisServer,
-    Server,
-    unavailable,
-)
+from tests.support.services import MongoServer, RabbitMQServer, RedisServer, Server, unavailable
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 

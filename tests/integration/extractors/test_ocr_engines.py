@@ -200,10 +200,7 @@ def test_weights_for_torch_are_named_with_their_command(
 
 @pytest.mark.parametrize(
     ("engine", "runs", "provider"),
-    [
-        ("onnxruntime", "onnxruntime", "CPUExecutionProvider"),
-        ("auto", "openvino", "CPU"),
-    ],
+    [("onnxruntime", "onnxruntime", "CPUExecutionProvider"), ("auto", "openvino", "CPU")],
 )
 def test_a_gpu_that_is_not_used_is_said(engine: Any, runs: str, provider: str) -> None:
     """The CPU in the place of a device that was asked for is a warning that names both."""
@@ -216,11 +213,7 @@ def test_a_gpu_that_is_not_used_is_said(engine: Any, runs: str, provider: str) -
         extractor.load()
     extractor.close()
     (line,) = [entry for entry in logs if entry["event"] == "extractors.ocr_on_cpu"]
-    assert (line["device"], line["engine"], line["log_level"]) == (
-        "cuda:0",
-        runs,
-        "warning",
-    )
+    assert (line["device"], line["engine"], line["log_level"]) == ("cuda:0", runs, "warning")
     assert line["providers"] == [provider]
 
 

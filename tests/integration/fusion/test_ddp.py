@@ -94,8 +94,7 @@ def test_a_process_that_dies_ends_the_others(
 ) -> None:
     """One line says which and how to go on; nothing is left running."""
     config = runs.config_file(
-        few_posts,
-        trainer={"epochs": 100_000, "processes": 2, "log_interval": 1, "batch_size": 4},
+        few_posts, trainer={"epochs": 100_000, "processes": 2, "log_interval": 1, "batch_size": 4}
     )
     log = few_posts / "run" / "latest" / "log" / "train.jsonl"
     with ThreadPoolExecutor() as threads:

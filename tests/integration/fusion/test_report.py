@@ -145,11 +145,7 @@ def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
     assert report.page == report_folder.resolve() / "report.html"
     text = (report_folder / "report.html").read_text(encoding="utf-8")
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
-    assert titles[:3] == [
-        "Training loss",
-        "Validation",
-        "Precision: all tags together",
-    ]
+    assert titles[:3] == ["Training loss", "Validation", "Precision: all tags together"]
     assert text.count('<svg viewBox="0 0 340 200"') == len(titles)
     assert sorted(p.name for p in report_folder.iterdir()) == [
         "report.html", "report.json", "scores.npz"

@@ -43,10 +43,7 @@ def learn(folder: Path, post_ids: Iterable[str], stream: Stream = "image") -> No
     ],
 )
 def test_figures_are_of_posts_that_no_part_has_learned_from(
-    few_posts: Path,
-    sections: dict[str, Any],
-    learned: tuple[str, ...],
-    figures: tuple[str, ...],
+    few_posts: Path, sections: dict[str, Any], learned: tuple[str, ...], figures: tuple[str, ...]
 ) -> None:
     """Backbones that know a fold's posts would claim too much; only the others are measured on."""
     learn(few_posts, learned)

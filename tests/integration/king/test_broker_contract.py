@@ -11,10 +11,7 @@ from king.broker.connect import BROKERS
 from king.messages import PostMessage, parse_message
 from tests.support.king.broker_rig import Consumer, Rig, settings_for
 
-SERVERS = {
-    "amqp": ("rabbitmq", pytest.mark.rabbitmq),
-    "redis": ("redis_server", pytest.mark.redis),
-}
+SERVERS = {"amqp": ("rabbitmq", pytest.mark.rabbitmq), "redis": ("redis_server", pytest.mark.redis)}
 """URL scheme -> fixture of its server, and its mark; a broker that is not here needs no server."""
 
 # One scheme of each broker, the first: amqps:// is held to the contract as amqp:// is.

@@ -98,10 +98,7 @@ def test_every_foreign_error_is_mapped(errors: ClientErrors, error_type: type[Ex
             ),
             BrokerUnavailable,
         ),
-        (
-            amqp.exceptions.NotAllowed("NOT_ALLOWED - vhost nowhere not found"),
-            ConfigError,
-        ),
+        (amqp.exceptions.NotAllowed("NOT_ALLOWED - vhost nowhere not found"), ConfigError),
         (
             amqp.exceptions.PreconditionFailed(
                 "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue 'q'"

@@ -7,15 +7,7 @@ from datetime import datetime, timedelta, timezone
 from bson import Int64, ObjectId
 
 from common.post import Failure, Media, Tag
-from king.jobs import (
-    Dead,
-    Rejected,
-    Retry,
-    Settled,
-    Started,
-    Superseded,
-    Tagged,
-)
+from king.jobs import Dead, Rejected, Retry, Settled, Started, Superseded, Tagged
 from king.store.documents import id_text
 from king.store.store import Store
 from tests.support.king.store_rig import (

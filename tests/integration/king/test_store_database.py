@@ -15,23 +15,11 @@ from bson.datetime_ms import DatetimeMS
 from common.errors import ConfigError, StoreUnavailable
 from common.post import Failure
 from config.settings import FieldMap, StoreSettings
-from king.jobs import (
-    Dead,
-    Settled,
-    Unreadable,
-    message_key,
-)
+from king.jobs import Dead, Settled, Unreadable, message_key
 from king.store.client import StoreClient
 from king.store.documents import id_text
 from king.store.store import Store
-from tests.support.king.store_rig import (
-    NOW,
-    begin_one,
-    context,
-    mongo_store,
-    started,
-    tagged,
-)
+from tests.support.king.store_rig import NOW, begin_one, context, mongo_store, started, tagged
 from tests.support.services import MongoServer
 
 

@@ -17,12 +17,7 @@ from extractors.models.catalog import needs_of
 from extractors.models.weights import PACKAGES
 from scripts.cli import run
 from tests.support import tiny_encoders
-from tests.support.tiny_models import (
-    TINY_CNN,
-    TINY_VIT,
-    tiny_site,
-    tiny_timm_weights,
-)
+from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_site, tiny_timm_weights
 from tests.unit.extractors.test_encoder_contract import newer_model, own_code
 
 LITE0 = PACKAGES["tf_efficientnet_lite0"]

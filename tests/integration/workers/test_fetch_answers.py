@@ -53,12 +53,7 @@ def test_who_waits_longer_asks_for_one_try(web: Web, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "low", "high"),
-    [
-        ("7", 7, 7),
-        (" 0 ", 0, 0),
-        ("Fri, 01 Jan 2010 00:00:00 GMT", 0, 0),
-        ("in 100 s", 60, 101),
-    ],
+    [("7", 7, 7), (" 0 ", 0, 0), ("Fri, 01 Jan 2010 00:00:00 GMT", 0, 0), ("in 100 s", 60, 101)],
 )
 def test_retry_after_is_seconds_or_a_date(text: str, low: float, high: float) -> None:
     """Both forms of the header; a date that is over is no wait."""

@@ -8,13 +8,7 @@ import psutil
 
 from common.post import Tags
 from extractors.feature_file import stream_fingerprints
-from tests.support.workers.driving import (
-    Driver,
-    decode_task,
-    fetch_task,
-    fuse_task,
-    text_task,
-)
+from tests.support.workers.driving import Driver, decode_task, fetch_task, fuse_task, text_task
 from workers.protocol import BundleLoaded, ExtractTask, Fetched
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.post import Tags
-from tests.support.workers.driving import (
-    Driver,
-    decode_task,
-    fetch_task,
-    fuse_task,
-    text_task,
-)
+from tests.support.workers.driving import Driver, decode_task, fetch_task, fuse_task, text_task
 from workers.protocol import Decoded, Done, ExtractTask
 
 

@@ -12,13 +12,7 @@ import pytest
 
 from common.errors import ConfigError
 from tests.support.services import wait_until
-from tests.support.workers.driving import (
-    Driver,
-    alive,
-    memory_files,
-    text_task,
-    toy_settings,
-)
+from tests.support.workers.driving import Driver, alive, memory_files, text_task, toy_settings
 from tests.support.workers.toys import ROLES
 from workers.pool.pool import ProcessPool
 from workers.protocol import Extracted, PoolRefused, TaskPool
@@ -71,9 +65,7 @@ def test_a_pool_that_has_worked_goes_on_trying(tmp_path: Path, reason: str) -> N
 
 def test_start_that_hangs(tmp_path: Path) -> None:
     settings = toy_settings(
-        tmp_path,
-        features={"text": {"arch": "decode-hangs"}},
-        workers={"start_timeout_s": 4},
+        tmp_path, features={"text": {"arch": "decode-hangs"}}, workers={"start_timeout_s": 4}
     )
     driver = Driver(settings)
     driver.pool.start()

@@ -36,13 +36,7 @@ from workers.local import local_runner
 from workers.pool.channel import Arena
 from workers.pool.pool import ProcessPool
 from workers.pool.supervisor import ROLES
-from workers.protocol import (
-    BundleLoaded,
-    Decoded,
-    DecodeTask,
-    FuseTask,
-    Task,
-)
+from workers.protocol import BundleLoaded, Decoded, DecodeTask, FuseTask, Task
 from workers.roles.batched import run_decode
 from workers.runner import PostRunner
 
@@ -235,9 +229,7 @@ def test_broken_media_fail_alone(driver: Driver, runner: PostRunner, site: Site)
     )
     same(features, runner.run(post).features)
     huge, cut = through(
-        driver,
-        Post("p3", "x", site.media("huge.png")),
-        Post("p4", "x", site.media("cut.jpg")),
+        driver, Post("p3", "x", site.media("huge.png")), Post("p4", "x", site.media("cut.jpg"))
     )
     assert huge.failures["image"].message == f"larger than fetch.max_bytes ({MAX_BYTES})"
     assert cut.failures["image"].type == "MediaError"

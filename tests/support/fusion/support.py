@@ -38,18 +38,8 @@ SMALL = ModelSettings.model_validate(
             "nextvlad": {"clusters": 4, "groups": 2},
         },
         "gmu": {"width": 32, "dropout": 0.1},
-        "nextvlad_se": {
-            "width": 32,
-            "dropout": 0.1,
-            "nextvlad": {"clusters": 4, "groups": 2},
-        },
-        "attention_lstm": {
-            "projection": 16,
-            "hidden": 8,
-            "join": 32,
-            "width": 32,
-            "dropout": 0.1,
-        },
+        "nextvlad_se": {"width": 32, "dropout": 0.1, "nextvlad": {"clusters": 4, "groups": 2}},
+        "attention_lstm": {"projection": 16, "hidden": 8, "join": 32, "width": 32, "dropout": 0.1},
         "mbt": {
             "width": 32,
             "layers": 3,
@@ -59,13 +49,7 @@ SMALL = ModelSettings.model_validate(
             "stochastic_depth": 0.1,
         },
         # Four queries for six classes: the last group has spare places.
-        "ml_decoder": {
-            "width": 32,
-            "heads": 4,
-            "feed_forward": 48,
-            "queries": 4,
-            "dropout": 0.0,
-        },
+        "ml_decoder": {"width": 32, "heads": 4, "feed_forward": 48, "queries": 4, "dropout": 0.0},
         "late": {"dropout": 0.0},
         "knn": {"neighbours": [4], "temperatures": [0.3]},
         "modality_dropout": 0.1,

@@ -7,15 +7,7 @@ from typing import Any
 from common.post import Failure, Tag, TagResult
 from common.retry import RetryPolicy
 from config.settings import StoreSettings
-from king.jobs import (
-    Claim,
-    ClaimContext,
-    Job,
-    PostStore,
-    Started,
-    Tagged,
-    Verdict,
-)
+from king.jobs import Claim, ClaimContext, Job, PostStore, Started, Tagged, Verdict
 from king.messages import PostMessage
 from king.store.client import StoreClient
 from king.store.store import Store

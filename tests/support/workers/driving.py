@@ -51,10 +51,7 @@ class Driver:
     """A pool and what it has told so far."""
 
     def __init__(
-        self,
-        settings: Settings,
-        roles: Mapping[WorkerRole, str] = ROLES,
-        grace_s: float = 0.5,
+        self, settings: Settings, roles: Mapping[WorkerRole, str] = ROLES, grace_s: float = 0.5
     ) -> None:
         self.settings = settings
         self.pool = ProcessPool(settings, roles=roles, grace_s=grace_s)

@@ -38,14 +38,8 @@ MALFORMED: tuple[tuple[bytes, str], ...] = (
         body_of("Done", 1, ["Decoded", [["Part", "x", ["ArrayRef", 3, 0, [1], "uint8"]]]]),
         "Invalid enum value 'x'",
     ),
-    (
-        body_of("Done", 1, ["Decoded", [["Part", "image", ["ArrayRef", 3, -1, [1], "u"]]]]),
-        ">= 0",
-    ),
-    (
-        body_of("Done", 1, ["Decoded", [["Part", "image", ["ArrayRef", 3, 0, [-1], "u"]]]]),
-        ">= 0",
-    ),
+    (body_of("Done", 1, ["Decoded", [["Part", "image", ["ArrayRef", 3, -1, [1], "u"]]]]), ">= 0"),
+    (body_of("Done", 1, ["Decoded", [["Part", "image", ["ArrayRef", 3, 0, [-1], "u"]]]]), ">= 0"),
     (
         body_of(
             "Done",

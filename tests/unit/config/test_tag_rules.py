@@ -23,10 +23,7 @@ def read(folder: Path, text: str) -> TagRules:
     [
         ("", [(0, "cat", (0,)), (1, "dog", (1,)), (2, "sea", (2,)), (3, "animals", (3,))]),
         ("hide: [cat, animals]", [(1, "dog", (1,)), (2, "sea", (2,))]),
-        (
-            "hide: sea\nrename: {dog: 狗}",
-            [(0, "cat", (0,)), (1, "狗", (1,)), (3, "animals", (3,))],
-        ),
+        ("hide: sea\nrename: {dog: 狗}", [(0, "cat", (0,)), (1, "狗", (1,)), (3, "animals", (3,))]),
         # A name that the bundle has too: the tag that always had it gives the ID.
         ("rename: {cat: animals, dog: animals}", [(3, "animals", (0, 1, 3)), (2, "sea", (2,))]),
         ("hide: animals\nmap: {animals: [dog, cat]}", [(0, "animals", (0, 1)), (2, "sea", (2,))]),

@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 from common.errors import ConfigError
 from config.labels import LabelMap
 from corpus import taxonomy
-from corpus.taxonomy import (
-    Migration,
-    change,
-    load,
-    migrations_path,
-    read_migrations,
-)
+from corpus.taxonomy import Migration, change, load, migrations_path, read_migrations
 from scripts.cli import run
 
 NAMES = ("sun", "rain", "snow", "food", "drink")

@@ -11,13 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from common.errors import MediaError
-from extractors.media.pictures import (
-    average,
-    picture_size,
-    read_pictures,
-    shrink,
-    squash,
-)
+from extractors.media.pictures import average, picture_size, read_pictures, shrink, squash
 from extractors.parts import centres, fitted_size, reading_size
 from tests.support import media
 

@@ -8,12 +8,7 @@ import pytest
 
 from common.errors import MediaError
 from tests.support import media
-from tests.support.extractors.video_support import (
-    decode,
-    greys,
-    moving,
-    settings,
-)
+from tests.support.extractors.video_support import decode, greys, moving, settings
 
 
 def broken(path: Path, **stream: int) -> Path:

@@ -88,9 +88,7 @@ def test_isotonic_equals_sklearn_on_what_it_was_fitted_to_and_beside_it() -> Non
             np.testing.assert_allclose(found.apply(at), wanted.predict(at), atol=2e-6)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=40),
-)
+@given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=40))
 def test_isotonic_equals_sklearn_on_anything(pairs: list[tuple[int, bool]]) -> None:
     """Runs of ties, all true, all false, one post."""
     scores = np.array([s / 12 for s, _ in pairs])

@@ -15,12 +15,7 @@ from config.train import LossSettings, OptimizerSettings, TrainSettings
 from fusion.models import MODELS
 from fusion.models.base import Collate, Sample
 from fusion.train.losses import Objective, TaggingLoss
-from fusion.train.optimizer import (
-    SCHEDULES,
-    average_of,
-    build_optimizer,
-    cycle_ends,
-)
+from fusion.train.optimizer import SCHEDULES, average_of, build_optimizer, cycle_ends
 from fusion.train.run_log import read_run
 from fusion.train.trainer import TrainData, Trainer
 from tests.support.fusion import support

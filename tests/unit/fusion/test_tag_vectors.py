@@ -16,12 +16,7 @@ from config.fusion_models import ModelSettings
 from config.tags import TagTexts
 from extractors.feature_file import write_features
 from fusion.bundle.bundle import Bundle, load_bundle, save_bundle
-from fusion.bundle.tag_vectors import (
-    TagRows,
-    start_from_texts,
-    with_tags,
-    zero_shot,
-)
+from fusion.bundle.tag_vectors import TagRows, start_from_texts, with_tags, zero_shot
 from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList
 from fusion.infer.inferer import Inferer

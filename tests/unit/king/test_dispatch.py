@@ -20,14 +20,7 @@ from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged, Unreadabl
 from king.status import Status
 from tests.support.fakes.pool import DIED, Answer, FakePool, decoded, default_answer
 from tests.support.services import wait_until
-from workers.protocol import (
-    DecodeTask,
-    Extracted,
-    ExtractTask,
-    FetchTask,
-    FuseTask,
-    Task,
-)
+from workers.protocol import DecodeTask, Extracted, ExtractTask, FetchTask, FuseTask, Task
 
 FULL = Post(
     "p1",

@@ -7,13 +7,7 @@ import structlog
 
 from common.post import Media
 from config.settings import FieldMap
-from king.store.documents import (
-    dig,
-    projection,
-    read_fields,
-    read_post,
-    tagged_by,
-)
+from king.store.documents import dig, projection, read_fields, read_post, tagged_by
 
 URL = "http://h/a.jpg"
 

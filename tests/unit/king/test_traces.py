@@ -121,9 +121,7 @@ def test_every_end_of_an_attempt_has_its_outcome(
     assert post.status.description == ("fetch: HTTP 404" if error else None)
 
 
-def test_a_trace_of_the_publisher_goes_on(
-    spans_of: Callable[..., dict[str, ReadableSpan]],
-) -> None:
+def test_a_trace_of_the_publisher_goes_on(spans_of: Callable[..., dict[str, ReadableSpan]]) -> None:
     end = replace(tagged(), started=replace(STARTED, traceparent=TRACEPARENT))
     post = spans_of(end, ratio=0)["post"]  # the publisher's own decision holds
     assert f"{ids(post)[0]:032x}" == TRACEPARENT.split("-")[1]

@@ -13,13 +13,7 @@ from common.errors import BundleError
 from config.labels import LabelMap
 from fusion.bundle import folder as folder_module
 from fusion.bundle.bundle import load_bundle
-from fusion.bundle.folder import (
-    MOST_KEPT,
-    kept_bundles,
-    newest_version,
-    put_bundle,
-    replacing,
-)
+from fusion.bundle.folder import MOST_KEPT, kept_bundles, newest_version, put_bundle, replacing
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from scripts.cli import run

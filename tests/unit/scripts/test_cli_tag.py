@@ -62,10 +62,7 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
         ({"post_id": 7}, "post_id"),
         ({"post_id": ""}, "post_id"),
         ({"post_id": "p", "image": []}, "image: unknown key; did you mean 'images'?"),
-        (
-            [{"post_id": "p"}, {"post_id": "q", "images": "a.jpg"}],
-            "entry 2: images must be",
-        ),
+        ([{"post_id": "p"}, {"post_id": "q", "images": "a.jpg"}], "entry 2: images must be"),
         ({"post_id": "p", "videos": ["none.mp4"]}, "videos.0: no such file: none.mp4"),
         ({"post_id": "p", "videos": ["file:///none.mp4"]}, "videos.0: no such file: /none.mp4"),
     ],

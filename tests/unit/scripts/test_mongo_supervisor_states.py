@@ -9,14 +9,7 @@ from bson import ObjectId
 
 from common.times import moment_of
 from config.settings import MonitorSettings, Threshold
-from scripts.mongo_supervisor.checks import (
-    EXIT_CODES,
-    as_dict,
-    judge,
-    plugin_line,
-    summary,
-    worst,
-)
+from scripts.mongo_supervisor.checks import EXIT_CODES, as_dict, judge, plugin_line, summary, worst
 from scripts.mongo_supervisor.snapshot import (
     Backlog,
     Jobs,

@@ -105,11 +105,7 @@ def test_a_king_that_is_gone_has_no_workers(
 
 
 @pytest.mark.parametrize(
-    ("text", "gpus"),
-    [
-        ("", []),
-        ("0, 5, 1, 2\n1, 6, 3, 4\n", [(0, 5, 1, 2), (1, 6, 3, 4)]),
-    ],
+    ("text", "gpus"), [("", []), ("0, 5, 1, 2\n1, 6, 3, 4\n", [(0, 5, 1, 2), (1, 6, 3, 4)])]
 )
 def test_lines_of_nvidia_smi(text: str, gpus: list[tuple[float, ...]]) -> None:
     assert [tuple(each.values()) for each in read_gpus(text)] == gpus

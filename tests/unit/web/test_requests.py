@@ -82,11 +82,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
         "the form cannot be read",
     ),
     "no form at all": ({"data": "hello", "content_type": FORM}, 400, "the form cannot be read"),
-    "half a form": (
-        form(b'name="text"\r\n\r\nhello', end=b""),
-        400,
-        "the form cannot be read",
-    ),
+    "half a form": (form(b'name="text"\r\n\r\nhello', end=b""), 400, "the form cannot be read"),
     "half a file": (
         form(b'name="images"; filename="a.png"\r\n\r\n\x89PNG', end=b""),
         400,
@@ -99,11 +95,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
         400,
         "images: must be an http",
     ),
-    "an empty form": (
-        {"data": {"text": ""}, **MULTIPART},
-        422,
-        "no text and no media",
-    ),
+    "an empty form": ({"data": {"text": ""}, **MULTIPART}, 422, "no text and no media"),
     "many files": ({"data": {"images": [file() for _ in range(5)]}}, 413, "http.max_files"),
     "many parts": ({"data": {"images": ["http://h/a"] * 40}, **MULTIPART}, 413, "too large"),
     "a large file": ({"data": {"images": file(content=b"x" * 200_000)}}, 413, "max_body_bytes"),

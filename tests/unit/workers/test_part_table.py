@@ -70,8 +70,7 @@ ENCODERS = {"vggish": AUDIO_ENCODERS["vggish"], TINY_CNN: AUDIO_ENCODERS["timm"]
 
 
 @pytest.mark.parametrize(
-    ("arch", "name"),
-    [*((arch, "a.wav") for arch in ENCODERS), ("tiny", "a.mp4")],
+    ("arch", "name"), [*((arch, "a.wav") for arch in ENCODERS), ("tiny", "a.mp4")]
 )
 def test_every_encoder_of_sound(
     arch: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -305,11 +305,7 @@ def test_nothing_usable() -> None:
     order=st.tuples(st.randoms(use_true_random=False), st.integers(2, 9)),
 )
 def test_any_order_ends_and_gives_the_same(
-    media: list[Media],
-    text: str,
-    ocr: str | None,
-    mode: FeatureSettings,
-    order: tuple[Any, int],
+    media: list[Media], text: str, ocr: str | None, mode: FeatureSettings, order: tuple[Any, int]
 ) -> None:
     post = Post("p", text, tuple(media), ocr=ocr)
     random, fail_every = order

@@ -8,14 +8,7 @@ from common.post import Features, Media, Modality, Post
 from config.features import FeatureSettings
 from tests.unit.workers.test_plan_and_protocol import BROKEN, GONE, result_of, walk
 from workers.post_run import PostPlan, Step
-from workers.protocol import (
-    Decoded,
-    DecodeTask,
-    Extracted,
-    ExtractTask,
-    Fetched,
-    FetchTask,
-)
+from workers.protocol import Decoded, DecodeTask, Extracted, ExtractTask, Fetched, FetchTask
 
 SEPARATE = FeatureSettings(ocr_mode="separate")
 APPEND = FeatureSettings(ocr_mode="append")
