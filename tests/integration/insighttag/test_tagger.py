@@ -1,4 +1,4 @@
-"""``import insighttag``: the same tags as `insighttag tag`, media in every form, mistakes named."""
+"""`import insighttag`: tagging in one process, beside foreign modules."""
 
 import json
 import multiprocessing
@@ -15,6 +15,7 @@ from PIL import Image
 import insighttag
 from insighttag import ConfigError, NothingUsable, Tagger
 from scripts.cli import run
+from tests.support.processes import python
 from tests.support.tiny_models import tiny_site
 
 PICTURE = np.random.default_rng(1).integers(0, 255, (48, 64, 3), dtype=np.uint8)
@@ -227,3 +228,27 @@ def test_features_of_posts_in_their_order(site: Path) -> None:
     assert (none.post_id, dict(none.arrays)) == ("post 2", {})
     with pytest.raises(ConfigError, match=r"features\.preset: Input should be 'classic'"):
         insighttag.extract(posts, preset="tiny")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def importing(tmp_path: Path) -> str:
+    """The code of a notebook in a folder that goes before ours."""
+    return f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import insighttag"
+
+
+def test_a_module_with_the_name_of_one_of_ours_is_named(tmp_path: Path, importing: str) -> None:
+    (tmp_path / "config.py").touch()
+    done = python("-c", importing)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert f"the name 'config' is taken by {tmp_path / 'config.py'}" in last
+    assert "pip install" in last
+
+
+def test_a_folder_without_code_does_no_harm(tmp_path: Path, importing: str) -> None:
+    """Many projects have a folder config/ or scripts/."""
+    for name in ("config", "scripts"):
+        (tmp_path / name).mkdir()
+    code = f"{importing}; import config.load, scripts.cli; print(config.__file__)"
+    done = python("-c", code, check=True)
+    assert Path(done.stdout.strip()).parent.parent == Path(__file__).resolve().parents[3]

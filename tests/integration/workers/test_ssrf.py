@@ -1,8 +1,4 @@
-"""Post URLs that try to reach what is not public: refused before a connection is made.
-
-Every case runs the real downloader against a real name server and real HTTP servers (see
-`tests.support.workers.ssrf_net`); a trap stands at every address that is not public, and counts.
-"""
+"""No URL of a post reaches an address inside, and none carries credentials on."""
 
 import socket
 from collections.abc import Iterator
@@ -13,9 +9,12 @@ import pytest
 
 from common.errors import FetchRefused, FetchRetryable
 from common.post import Media
-from config.settings import FetchSettings
+from config.settings import BrokerSettings, FetchSettings, Settings, StoreSettings
 from tests.support.workers.fetching import fetch
 from tests.support.workers.ssrf_net import BODY, PUBLIC_V4, PUBLIC_V6, Net, loopback_net
+from workers.pool.channel import encode
+from workers.pool.pool import ProcessPool
+from workers.pool.supervisor import pinned_environment, worker_specs
 
 ZONE = {
     "public.example": [[PUBLIC_V4]],
@@ -378,3 +377,27 @@ def test_names_of_the_resolver_are_real(net: Net) -> None:
     assert net.names.addresses("mixed.example") == ["127.0.0.1", "10.0.0.1", PUBLIC_V4, "::1"]
     with pytest.raises(socket.gaierror):
         net.names.addresses("nowhere.example")
+
+
+def test_workers_get_no_passwords(tmp_path: Path) -> None:
+    """Neither the first message nor the environment of any worker holds a URL with credentials."""
+    settings = Settings(
+        broker=BrokerSettings(url="amqp://tagger:hunter2@queue.internal/"),
+        store=StoreSettings(url="mongodb://tagger:hunter2@base.internal/"),
+        fetch=FetchSettings(spool=tmp_path, user_agent="Ours/1"),
+    )
+    environ = {
+        "INSIGHTTAG_STORE__URL": "mongodb://u:hunter2@h/",
+        "insighttag_broker__url": "redis://:hunter2@h/",
+        "PATH": "/bin",
+    }
+    pool = ProcessPool(settings)
+    for spec in worker_specs(settings):
+        sent = encode(pool._launch(spec))
+        assert b"hunter2" not in sent
+        assert b".internal" not in sent
+        assert b"Ours/1" in sent
+        pinned = pinned_environment(spec, environ)
+        assert "hunter2" not in str(pinned)
+        assert pinned["PATH"] == "/bin"
+    pool.stop(0)

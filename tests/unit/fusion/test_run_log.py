@@ -1,13 +1,16 @@
-"""The log of a run: lines for scripts, TensorBoard's curves, and what a resume does to both."""
+"""What a run leaves: its log, curves for TensorBoard, and checkpoints that are whole."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import ConfigError
+from fusion.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from fusion.train.run_log import RunLog, read_run
 
 
@@ -120,3 +123,46 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("a file in the way")
     with pytest.raises(ConfigError, match=r"train.jsonl: the log cannot be written"):
         log(tmp_path).begin(steps=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_a_broken_checkpoint_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=str(path)):
+        load_checkpoint(path, "{}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("signature"),
+        lambda content: content.update(progress=None),
+        lambda content: content["progress"].update(samples=3),
+    ],
+    ids=["no signature", "no progress", "more progress"],
+)
+def test_a_checkpoint_of_another_release_is_refused(change: Any, tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, Checkpoint("{}", Progress(1), {}))
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(ConfigError, match=rf"{path}: is a checkpoint of another release"):
+        load_checkpoint(path, "{}")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """The system refuses to write in the midst of the file: one line, and nothing is left of it."""
+    path, weights = tmp_path / "last.pt", {"w": torch.zeros(50_000)}
+    save_checkpoint(path, Checkpoint("{}", Progress(1, epoch=3), weights))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"the checkpoint cannot be written"):
+            save_checkpoint(path, Checkpoint("{}", Progress(1, epoch=4), weights))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_checkpoint(path, "{}").progress.epoch == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
