@@ -24,8 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rules = {"tags": str(folder / "tags.yaml"), "min_tags": 1, "max_tags": 2}
     (folder / "tags.yaml").write_text("hide: [dog]\nmap: {Sea: {id: s1, tags: [sea]}}\n")
     fusion = {"bundle": str(folder / "bundle"), **rules}
-    site = tiny_site(folder, infer={"progress": False}, fusion=fusion)
-    site.rename(folder / "infer.yaml")
+    tiny_site(folder, infer={"progress": False}, fusion=fusion).rename(folder / "infer.yaml")
     (folder / "media").mkdir()
     chance = np.random.default_rng(1)
     for i in range(3):

@@ -67,8 +67,7 @@ def test_no_author_is_on_two_sides_and_every_post_is_tested_once(work: Path) -> 
 @pytest.mark.slow
 def test_the_short_run_finds_what_is_planted(work: Path) -> None:
     """From posts to figures of both splits; linear models see the same posts."""
-    options = ["--work", str(work), "--seeds", "1", "--out", str(work)]
-    assert openclipart.main(options) == 0
+    assert openclipart.main(["--work", str(work), "--seeds", "1", "--out", str(work)]) == 0
     _, *rows = json.loads((work / "openclipart.json").read_text())["results"]
     fusion = {row["split"]: row for row in rows if row["model"] == "fusion"}
     assert fusion.keys() == {"author", "random"}

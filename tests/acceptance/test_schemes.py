@@ -51,8 +51,7 @@ def features_of(scheme: Scheme, mode: OcrMode) -> FeatureSettings:
         {**visual, "weights": "random:2", "frames": FRAMES, "short_clips": "repeat", "lstm": lstm}
     )
     image = ImageSettings.model_validate({**visual, "weights": "random:3"})
-    made = tiny_features(video=video, image=image, ocr_mode=mode)
-    return made.model_copy(update={"ocr": ocr})
+    return tiny_features(video=video, image=image, ocr_mode=mode).model_copy(update={"ocr": ocr})
 
 
 def write_media(folder: Path) -> list[Post]:

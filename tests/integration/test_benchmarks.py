@@ -64,8 +64,7 @@ def test_every_benchmark_says_how_it_is_run(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    ended = json.loads(done.stdout)
-    assert ended == {Path(script).name: [0, "usage: "] for script in SCRIPTS}
+    assert json.loads(done.stdout) == {Path(script).name: [0, "usage: "] for script in SCRIPTS}
 
 
 @pytest.fixture(scope="module")

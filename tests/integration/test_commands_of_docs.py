@@ -75,8 +75,7 @@ def test_pages_have_commands_of_every_kind() -> None:
     ],
 )
 def test_a_wrong_command_is_noticed(line: str, said: str) -> None:
-    words = tuple(line.split())
-    assert said in wrong(Command("here", words))
+    assert said in wrong(Command("here", tuple(line.split())))
 
 
 def wrong(command: Command) -> str:

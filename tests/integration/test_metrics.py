@@ -232,8 +232,7 @@ def test_every_metric_that_is_asked_for_exists(
         for name in used:
             assert name in labels, query
         for name, matchers in re.findall(r"((?:insighttag|process)_[a-z_]+)\{([^}]*)\}", query):
-            asked = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers))
-            assert asked <= labels[name], query
+            assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers)) <= labels[name], query
 
 
 def rules() -> list[dict[str, Any]]:

@@ -160,5 +160,4 @@ except MemoryError:
 
 def test_memory_limit_counts_private_growth() -> None:
     """Past the limit an allocation fails in the decoder alone; shared slots do not count."""
-    ran = python("-c", LIMITED, check=True)
-    assert ran.stdout == "limited\n"
+    assert python("-c", LIMITED, check=True).stdout == "limited\n"

@@ -97,8 +97,7 @@ def test_print_only_in_command_output() -> None:
 
 def test_every_module_and_package_says_its_job() -> None:
     """A docstring atop every module; a package marker may be empty of code, not of words."""
-    silent = [name(path) for path, tree in trees() if not ast.get_docstring(tree)]
-    assert silent == []
+    assert [name(path) for path, tree in trees() if not ast.get_docstring(tree)] == []
 
 
 def tracked_files() -> list[Path]:

@@ -87,8 +87,7 @@ def test_figures_are_those_of_the_files(corpus: Corpus, done: Path) -> None:
             assert found["duration_s"]["values"] == len(contents)
             assert 0.5 < found["duration_s"]["mean"] < 10
     assert set(facts["media"]["video"]["codecs"]) <= {"h264", "aac (sound)"}
-    texts = sum(bool(post["text"].strip()) for post in corpus.posts)
-    assert facts["modalities"]["text"] == texts
+    assert facts["modalities"]["text"] == sum(bool(post["text"].strip()) for post in corpus.posts)
 
 
 def test_duplicates_have_the_agreed_form(corpus: Corpus, done: Path) -> None:
@@ -162,8 +161,7 @@ def test_report_can_be_read_by_everybody_everywhere(done: Path, tmp_path: Path) 
 
 def test_the_page_says_what_to_do_next(corpus: Corpus, done: Path) -> None:
     page = (done / "report.html").read_text(encoding="utf-8")
-    steps = page[page.index("What to do next") : page.index("</ol>")]
-    words = re.sub(r"<[^>]+>", "", steps)
+    words = re.sub(r"<[^>]+>", "", page[page.index("What to do next") : page.index("</ol>")])
     assert "Decide on the tags of" in words
     assert f"python scripts/build_trainval_data.py --input {corpus.file}" in words
     assert f"--duplicates {done / 'duplicates.jsonl'}" in words
@@ -260,8 +258,7 @@ def test_run_again_measures_only_what_changed(
     shutil.copytree(corpus.file.parent, folder)
     copy = Corpus(folder / corpus.file.name)
     assert main(arguments(copy, tmp_path / "out")) == 0
-    picture = next(folder.glob("media/near-*.jpg"))
-    picture.write_bytes(b"\xff\xd8\xff broken")
+    next(folder.glob("media/near-*.jpg")).write_bytes(b"\xff\xd8\xff broken")
     capsys.readouterr()
     assert main(arguments(copy, tmp_path / "out")) == 0
     assert "1 files measured in this run" in capsys.readouterr().err
@@ -270,8 +267,7 @@ def test_run_again_measures_only_what_changed(
 
 def test_manifest_of_a_download_is_used(corpus: Corpus, tmp_path: Path) -> None:
     """URLs are looked up in the manifest; failed ones count with their reason."""
-    source = next((corpus.file.parent / "media").glob("*.mp4"))
-    shutil.copy(source, tmp_path / "v.mp4")
+    shutil.copy(next((corpus.file.parent / "media").glob("*.mp4")), tmp_path / "v.mp4")
     ok = {"post_id": "a", "kind": "video", "source": "http://h/v", "status": "ok",
           "sha256": "cd" * 32, "path": "v.mp4", "bytes": 1, "reason": None}  # fmt: skip
     reason = {"stage": "fetch", "type": "FetchRefused", "message": "HTTP 404"}

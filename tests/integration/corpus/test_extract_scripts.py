@@ -84,8 +84,7 @@ def test_what_failed_is_told_with_its_reason(corpus: Path) -> None:
         ("lost", "image", "fetch", "FetchRefused"),
     ]
     assert "none.jpg: no such file" in failed[3]["message"]
-    videos = lines(corpus / "features" / "failures_video.jsonl")
-    assert [f["type"] for f in videos] == ["BadLine"]
+    assert [f["type"] for f in lines(corpus / "features" / "failures_video.jsonl")] == ["BadLine"]
     summary = json.loads((corpus / "features" / "summary_image.json").read_text(encoding="utf-8"))
     assert summary["failed"] == {
         "image: decode MediaError": 2,

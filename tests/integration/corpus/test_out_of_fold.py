@@ -93,8 +93,7 @@ def test_each_post_is_extracted_by_weights_that_do_not_know_it(
             wanted = read_features(posts / f"own{fold}", post_id).arrays["image"]
             np.testing.assert_array_equal(found, wanted)
             assert read_header(feature_path(root, post_id)).learned_from == ()
-            plain = read_header(feature_path(posts / "plain", post_id))
-            assert plain.learned_from == ("image",)
+            assert read_header(feature_path(posts / "plain", post_id)).learned_from == ("image",)
     monkeypatch.setattr(training, "train_backbones", None)
     assert command(posts) == 0
 

@@ -111,8 +111,7 @@ def test_the_image_has_the_lock_of_its_python_and_every_package() -> None:
     text = DOCKERFILE.read_text(encoding="utf-8")
     version = re.search(r"^ARG PYTHON=(\d+\.\d+)\.\d+$", text, re.MULTILINE)
     assert version is not None
-    locks = set(re.findall(r"constraints/(py[\d.]+)\.txt", text))
-    assert locks == {f"py{version[1]}"}
+    assert set(re.findall(r"constraints/(py[\d.]+)\.txt", text)) == {f"py{version[1]}"}
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     named = {line[1:] for line in ignored if line.startswith("!")}
     setup = configparser.ConfigParser()
@@ -233,8 +232,7 @@ def test_a_pod_that_ends_has_time_for_the_longest_post(
         assert container[probe]["exec"]["command"][:3] == ["python", "-m", "deploy.probe"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    limits = container["resources"]["limits"]
-    assert limits.get("nvidia.com/gpu") == (1 if values else None)
+    assert container["resources"]["limits"].get("nvidia.com/gpu") == (1 if values else None)
     assert settings.fusion.device == ("cuda:0" if values else "cpu")
 
 

@@ -83,8 +83,7 @@ def test_ci_script_runs_the_test_command_without_standard_input(tmp_path: Path) 
     """With everything installed it runs `make test` at once, with CI set."""
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    text = script.read_text(encoding="utf-8")
-    assert "\nmake test\n" in text
+    assert "\nmake test\n" in script.read_text(encoding="utf-8")
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("rabbitmq-server", "redis-server", "python3", "apt-get", "sudo"):

@@ -106,8 +106,7 @@ def stalled(pid: int = 7, seen_s: float = 100.0) -> Observation:
 def test_a_stalled_king_is_killed_until_the_budget_is_spent(tmp_path: Path) -> None:
     """Each restart logs one line; past the budget every round is loud, and nothing is killed."""
     supervisor = FakeSupervisor(pid=2**22 - 1)
-    settings = settings_in(tmp_path, restarts=2, dump_s=0.1)
-    watchdog, progress = watched(settings, supervisor)
+    watchdog, progress = watched(settings_in(tmp_path, restarts=2, dump_s=0.1), supervisor)
     progress.seen = stalled(supervisor.pid)
     with structlog.testing.capture_logs() as logs:
         for _ in range(4):

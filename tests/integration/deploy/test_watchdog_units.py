@@ -106,5 +106,4 @@ def test_systemd_finds_no_fault_with_the_units(tmp_path: Path) -> None:
         timeout=60,
         check=False,
     )
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "insighttag" in line]
-    assert said == []
+    assert [line for line in (done.stdout + done.stderr).splitlines() if "insighttag" in line] == []

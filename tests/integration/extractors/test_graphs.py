@@ -172,8 +172,7 @@ def test_processes_do_not_share_one_core() -> None:
     """By default OpenVINO binds the threads of each process to the same cores, the first ones."""
     loaded = pictures()._encoder._graph
     assert loaded is not None
-    model = loaded._request.get_compiled_model()
-    assert model.get_property("ENABLE_CPU_PINNING") is False
+    assert loaded._request.get_compiled_model().get_property("ENABLE_CPU_PINNING") is False
 
 
 def test_nothing_is_reported_to_anybody(project_root: Path) -> None:

@@ -64,8 +64,7 @@ def test_confidence_and_length_limit_the_text() -> None:
     short = OcrExtractor(OcrSettings(max_chars=4))
     for extractor in (strict, short):
         extractor.load()
-    blurred = cv2.GaussianBlur(picture("ALPHA"), (9, 9), 4)
-    assert run(strict, (blurred,)) == [""]
+    assert run(strict, (cv2.GaussianBlur(picture("ALPHA"), (9, 9), 4),)) == [""]
     assert len(run(short, (picture("GRAND OPENING"),))[0]) == 4
     assert strict.fingerprint != short.fingerprint
 

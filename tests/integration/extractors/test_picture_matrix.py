@@ -84,8 +84,7 @@ def test_formats_without_orientation(tmp_path: Path, name: str) -> None:
 
 
 def grey(bits: int) -> Image.Image:
-    ramp = np.linspace(0, 255, 96).astype(np.uint8)[None].repeat(64, 0)
-    image = Image.fromarray(ramp)
+    image = Image.fromarray(np.linspace(0, 255, 96).astype(np.uint8)[None].repeat(64, 0))
     return image.convert("1") if bits == 1 else image
 
 
@@ -148,8 +147,7 @@ def test_depths(tmp_path: Path, name: str) -> None:
     colour = any(word in name for word in ("rgb", "avif", "bmp", "cmyk", "palette"))
     wanted = QUADRANTS if colour and name != "1.bmp" else None
     if wanted is None:
-        source = grey(1 if name in ("1.png", "1.bmp", "bits.tif") else 8)
-        wanted = np.asarray(source.convert("RGB"))
+        wanted = np.asarray(grey(1 if name in ("1.png", "1.bmp", "bits.tif") else 8).convert("RGB"))
     assert difference(pixels, wanted) < (25 if name == "2.png" else 6)
 
 

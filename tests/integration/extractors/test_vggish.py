@@ -151,8 +151,7 @@ def test_a_file_without_pca_cannot_be_postprocessed(tmp_path: Path) -> None:
 def test_the_switches_are_in_the_fingerprint(tmp_path: Path) -> None:
     prints = set()
     for update in ({}, {"stray_relu": True}, {"weights": "random:2"}):
-        settings = AudioSettings(**{"weights": "random:1", **update})
-        extractor = AudioExtractor(settings)
+        extractor = AudioExtractor(AudioSettings(**{"weights": "random:1", **update}))
         extractor.load()
         prints.add(extractor.fingerprint)
         extractor.close()

@@ -54,8 +54,7 @@ def check(decoded: DecodedMedia, expected: list[float] = EXPECTED, late: float =
 
 
 def write(path: Path, frames: list[np.ndarray] | None = None, **options: Any) -> Path:
-    codec = options.get("codec", "libx264")
-    rich = {} if codec.startswith("lib") else {"b": "4000000"}
+    rich = {} if options.get("codec", "libx264").startswith("lib") else {"b": "4000000"}
     options["options"] = {**rich, **options.get("options", {})}
     return media.write_video(path, film() if frames is None else frames, RATE, **options)
 
@@ -245,8 +244,7 @@ def test_display_matrices(
     ],
 )
 def test_depths(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None:
-    path = write(tmp_path / name, film(0, 3), codec=codec, pix_fmt=pix_fmt)
-    decoded = decode(path, settings(3))
+    decoded = decode(write(tmp_path / name, film(0, 3), codec=codec, pix_fmt=pix_fmt), settings(3))
     assert decoded.frames is not None
     for got, colour in zip(corners(decoded.frames[0]), CORNERS, strict=True):
         grey = int(np.dot(colour, (0.299, 0.587, 0.114)))

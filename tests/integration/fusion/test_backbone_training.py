@@ -159,8 +159,7 @@ def test_sounds_become_the_audio_extractors_weights(tmp_path: Path) -> None:
         "trainer": {"epochs": 6},
     }
     assert command(tmp_path, out, "audio_backbone", **changes) == 0
-    log = events(out / "latest" / "log" / "train.jsonl")
-    assert log[-1]["gap"] > 0.9
+    assert events(out / "latest" / "log" / "train.jsonl")[-1]["gap"] > 0.9
     [skipped] = events(out / "latest" / "log" / "skipped.jsonl")
     assert skipped["post_id"] == "bad"
     extractor = AudioExtractor(AudioSettings(arch="test_resnet", weights=str(weights)))
@@ -255,8 +254,7 @@ def test_videos_become_tsn_and_lstm(posts: Path, tmp_path: Path) -> None:
     extractor = VideoExtractor(served)
     extractor.load()
     clip = posts / "videos" / "0.mp4"
-    features = tiny_features(video=served)
-    decoded = decode_media("video", clip, features, DecodeSettings())
+    decoded = decode_media("video", clip, tiny_features(video=served), DecodeSettings())
     assert decoded.frames is not None
     [found] = extractor.forward([decoded.frames])
     assert found["video"].shape == (FRAMES, 96)

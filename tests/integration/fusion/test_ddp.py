@@ -84,8 +84,7 @@ def kill_the_first(log: Path) -> list[psutil.Process]:
         time.sleep(0.05)
     servers = [p for p in psutil.Process().children() if is_forkserver(p)]
     children = [child for server in servers for child in server.children()]
-    first = min(children, key=lambda child: (child.create_time(), child.pid))
-    first.kill()
+    min(children, key=lambda child: (child.create_time(), child.pid)).kill()
     return children
 
 

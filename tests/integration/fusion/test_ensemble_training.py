@@ -125,8 +125,7 @@ def test_snapshots_are_the_ends_of_the_cycles(few_posts: Path) -> None:
     features = [
         read_features(few_posts / "features", i, support.FINGERPRINTS) for i in predictions.post_ids
     ]
-    found = Inferer.load(report.bundle).scores(features)
-    np.testing.assert_array_equal(found, predictions.scores)
+    np.testing.assert_array_equal(Inferer.load(report.bundle).scores(features), predictions.scores)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,6 @@ def test_exportable_lstms_are_lstms() -> None:
         with torch.no_grad():
             wanted = lstm(tokens)[0]
             for kind in get_args(Kind):
-                found = exportable(lstm, kind)(tokens)[0]
-                torch.testing.assert_close(found, wanted)
+                torch.testing.assert_close(exportable(lstm, kind)(tokens)[0], wanted)
     with pytest.raises(ValueError, match="of one layer"):
         exportable(nn.Sequential(nn.LSTM(4, 6, num_layers=2, batch_first=True)), "torch")

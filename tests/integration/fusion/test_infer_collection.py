@@ -102,8 +102,7 @@ def test_a_database_that_is_away_is_one_line(
     """Exit 1, no password; nothing is inferred."""
     folder = rig.make(tmp_path, posts=3)
     url = "mongodb://me:secret@127.0.0.1:1/db.tags"
-    given = ["--output", url, "--set", "collection.timeout_s=0.5"]
-    assert rig.infer(folder, *given) == 1
+    assert rig.infer(folder, "--output", url, "--set", "collection.timeout_s=0.5") == 1
     said = capsys.readouterr().err
     assert "127.0.0.1:1" in said
     assert "the same command continues" in said

@@ -47,12 +47,10 @@ def test_input_and_output_as_the_readme_says(
     assert "posts/s" in printed.out
     assert [line["post_id"] for line in found] == [f"posts{i}" for i in range(40)]
     wanted = expected_scores(folder, [line["post_id"] for line in found])
-    read = np.array([line["scores"] for line in found])
-    np.testing.assert_allclose(read, wanted, atol=1e-6)
+    np.testing.assert_allclose(np.array([line["scores"] for line in found]), wanted, atol=1e-6)
     for line in found:
         by_name = {tag["name"]: tag["score"] for tag in line["tags"]}
-        reached = {f"tag{i}": round(s, 6) for i, s in enumerate(line["scores"]) if s >= 0.5}
-        assert by_name == reached
+        assert by_name == {f"tag{i}": round(s, 6) for i, s in enumerate(line["scores"]) if s >= 0.5}
         assert set(line["modalities"].values()) <= {"ok", "missing"}
     assert [p.name for p in folder.glob("*tags*")] == ["tags.jsonl"]
 
@@ -253,8 +251,7 @@ def test_a_broken_line_is_a_bad_post(folder: Path, capsys: pytest.CaptureFixture
     good = json.dumps(json.loads(text)[0])
     (folder / "x.jsonl").write_text(f'{good}\n{{"post_id": "q\n{{"labels": []}}\n')
     given = ["--output", str(folder / "t.jsonl"), "--skip_bad"]
-    said = rig.mistake(capsys, folder, *given[:2], posts="x.jsonl")
-    assert "x.jsonl: line 2: not JSON" in said
+    assert "x.jsonl: line 2: not JSON" in rig.mistake(capsys, folder, *given[:2], posts="x.jsonl")
     assert rig.infer(folder, *given, posts="x.jsonl") == 0
     listed = rig.lines(folder / "t.jsonl.skipped.jsonl")
     assert ["line 2: not JSON" in listed[0]["reason"], "line 3: must have" in listed[1]["reason"]]

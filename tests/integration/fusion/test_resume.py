@@ -100,8 +100,7 @@ def test_a_run_that_is_killed_goes_on_exactly(few_posts: Path) -> None:
         "loss": {"mixup": 0.4},
         "model": {"modality_dropout": 0.2, "token_transformer": {"dropout": 0.1}},
     }
-    whole = {**trainer, "save_dir": str(few_posts / "whole")}
-    runs.run(few_posts, **sections, trainer=whole)
+    runs.run(few_posts, **sections, trainer={**trainer, "save_dir": str(few_posts / "whole")})
     bundle = load_file(few_posts / "bundle" / "model.safetensors")
 
     interrupted = {**sections, "trainer": {**trainer, "checkpoint_interval": 2}}

@@ -52,8 +52,7 @@ def test_a_second_run_leaves_the_first_as_it_is(
     assert second != first
     assert tree(first) == files
     kept = few_posts / f"bundle.{version}"
-    said = capsys.readouterr().err
-    assert f"{bundle}: the bundle that was there is kept in {kept}\n" in said
+    assert f"{bundle}: the bundle that was there is kept in {kept}\n" in capsys.readouterr().err
     assert load_bundle(kept).version == version
     assert newest_version(bundle) != version
 
@@ -87,8 +86,7 @@ def test_only_the_last_checkpoint_goes_on_in_its_folder(
     fabric, save = Fabric(accelerator="cpu", devices=1), tmp_path / "save"
     (save / "one" / "ckpt").mkdir(parents=True)
     link_latest(fabric, save / "one")
-    place = located(save / resume)
-    folder = run_folder(fabric, save, place)
+    folder = run_folder(fabric, save, located(save / resume))
     assert (folder.resolve() == save / "one") == goes_on
     assert folder.parent == save
 
@@ -197,8 +195,7 @@ def test_checkpoints_of_both_stages_are_read_before_a_backbones_run_begins(
         case "lstm":
             save_stage(other / "tsn", sign("tsn"))
             save_stage(other / "lstm", sign("lstm", lstm={**SIZES, "width": 8}, frames=20))
-    files = {"typo": other / "last.pt", "file": other / "ckpt" / "last.pt"}
-    resume = files.get(mistake, other)
+    resume = {"typo": other / "last.pt", "file": other / "ckpt" / "last.pt"}.get(mistake, other)
     assert train_net.main(["--model_config", str(config), "--resume", str(resume)]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

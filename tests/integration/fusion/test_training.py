@@ -134,8 +134,7 @@ def test_modalities_together_are_no_worse_than_one_by_one(
     options: dict[str, Any] = {"optimizer": {"learning_rate": 0.01}, "report": {"enabled": True}}
     model = {"name": name, name: own} if own else {"name": name}
     report = runs.run(posts, model=model, trainer={"epochs": 8}, **options)
-    subsets = read_about(report.bundle).subsets
-    alone = [gap for subset, gap in subsets.items() if "+" not in subset]
+    alone = [gap for subset, gap in read_about(report.bundle).subsets.items() if "+" not in subset]
     assert len(alone) == 5
     assert report.metrics["gap"] >= np.mean(alone)
 
@@ -153,8 +152,7 @@ def test_a_training_with_auto_writes_the_model_that_it_took(few_posts: Path) -> 
     """Features of several frames have an order; a bundle names a model that can be built."""
     runs.run(few_posts, model={"name": "auto"}, trainer=ONE)
     assert read_about(few_posts / "bundle").model.name == DEFAULT_MODEL
-    data = {"modalities": ["image"]}
-    runs.run(few_posts, model={"name": "auto"}, trainer=ONE, data=data)
+    runs.run(few_posts, model={"name": "auto"}, trainer=ONE, data={"modalities": ["image"]})
     assert read_about(few_posts / "bundle").model.name == "linear_probe"
 
 
@@ -207,8 +205,7 @@ def test_a_fixed_seed_gives_the_same_weights_and_another_seed_others(few_posts: 
     """Bit-equal on a CPU, also when another process reads; without a fixed seed they differ."""
     states = []
     for trainer, loaders in (({}, 0), ({}, 1), ({"fix_random_seed": False}, 0)):
-        data = {"loaders": loaders, "valid": None}
-        runs.run(few_posts, trainer={**ONE, **trainer}, data=data)
+        runs.run(few_posts, trainer={**ONE, **trainer}, data={"loaders": loaders, "valid": None})
         states.append(runs.weights(few_posts))
     assert runs.equal(states[0], states[1])
     assert not runs.equal(states[0], states[2])
@@ -216,8 +213,7 @@ def test_a_fixed_seed_gives_the_same_weights_and_another_seed_others(few_posts: 
 
 def test_early_stopping(few_posts: Path) -> None:
     still = {"learning_rate": 1e-9}
-    report = runs.run(few_posts, trainer={"epochs": 30, "patience": 2}, optimizer=still)
-    assert report.epochs <= 6
+    assert runs.run(few_posts, trainer={"epochs": 30, "patience": 2}, optimizer=still).epochs <= 6
 
 
 def test_without_validation(few_posts: Path) -> None:
@@ -279,5 +275,4 @@ def test_the_end_of_an_epoch_can_be_watched(few_posts: Path) -> None:
     progress = trainer.fit(Objective(model, loss), data)
     assert [epoch for epoch, _ in seen] == [1, 2, 3]
     assert runs.equal(dict(model.state_dict()), seen[progress.best_epoch - 1][1])
-    average = torch.load(trainer.last, weights_only=True)["average"]["state"]
-    assert runs.equal(average, seen[-1][1])
+    assert runs.equal(torch.load(trainer.last, weights_only=True)["average"]["state"], seen[-1][1])

@@ -120,10 +120,8 @@ def test_bad_posts_are_listed_and_left_out(
     assert "no such feature file" in reasons["train5"]
     assert "audio was made with audio-2, but audio-1 is needed" in reasons["train0"]
     assert "not finite" in reasons["train20"]
-    said = capsys.readouterr().err
-    assert said.count("skipped 7 posts (features 6, label 1); listed in") == 1
-    epoch = next(e for e in runs.events(few_posts) if e["event"] == "epoch")
-    assert epoch["posts"] == 37 - 6
+    assert capsys.readouterr().err.count("skipped 7 posts (features 6, label 1); listed in") == 1
+    assert next(e for e in runs.events(few_posts) if e["event"] == "epoch")["posts"] == 37 - 6
 
 
 def test_nothing_is_listed_where_nothing_is_bad(few_posts: Path) -> None:
@@ -152,5 +150,4 @@ def test_tags_without_posts_are_named_and_training_goes_on(
     (few_posts / "train.json").write_text(json.dumps(entries))
     runs.run(few_posts, trainer=ONE)
     assert "no post has tag2, tag5; these tags will not be learned" in capsys.readouterr().err
-    warnings = [e["text"] for e in runs.events(few_posts) if e["event"] == "warning"]
-    assert len(warnings) == 1
+    assert len([e["text"] for e in runs.events(few_posts) if e["event"] == "warning"]) == 1

@@ -44,8 +44,7 @@ def test_a_published_post_arrives_and_an_acked_one_is_gone(rig: Rig) -> None:
     broker = rig.broker()
     message = PostMessage("帖子 1", priority=3, force=True)
     broker.publish([message])
-    consumer = Consumer(broker)
-    (delivery,) = consumer.take(1)
+    (delivery,) = Consumer(broker).take(1)
     assert parse_message(delivery.body) == message
     assert delivery.generation == broker.generation == 1
     assert not delivery.redelivered

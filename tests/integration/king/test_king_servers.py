@@ -150,8 +150,7 @@ def test_random_failures_end_tagged_or_dead(site: Site) -> None:
             return Failure("fuse", "FeatureError", "wrong")
         return default_answer(task)
 
-    ids = site.add(60)
-    site.publish(ids[::2])
+    site.publish(site.add(60)[::2])
     site.publish(["unknown"])
     pools = [fake_pool(site.folder, answer) for _ in range(2)]
     with Running(site.settings, pools[0], owner="k1", drain=True) as first:

@@ -91,12 +91,10 @@ def test_only_posts_without_result_and_job_are_published(mongo: Store) -> None:
         ended_at = NOW - (60 if name == "recent" else 4000)
         rig.insert({"_id": name})
         begun = started(mongo, name, context(ended_at))
-        outcome = tagged(begun, version, partial=True, ended_at=ended_at)
-        mongo.finish([outcome], context(ended_at))
+        mongo.finish([tagged(begun, version, partial=True, ended_at=ended_at)], context(ended_at))
     rig.set_job(Job("works", "running", 1, owner="k2", lease_until=NOW + 60))
     rig.set_job(Job("dead", "dead", 5))
-    messages = lost_messages(mongo, context(), 60, 10)
-    ids = [message.post_id for message in messages]
+    ids = [message.post_id for message in lost_messages(mongo, context(), 60, 10)]
     assert sorted(ids[:4]) == ['" spaced "', '"no\\u0000message"', "42", "lost"]
     assert ids[4:] == ["partial"], "with what room the lost ones leave"
     assert len(lost_messages(mongo, context(), 60, 2)) == 2

@@ -120,8 +120,7 @@ def test_a_drain_that_waits_can_be_woken(settings: BrokerSettings) -> None:
 
 def test_an_ack_after_the_lease_takes_nobody_elses(settings: BrokerSettings, client: Any) -> None:
     with connected(settings) as broker:
-        consumer = Consumer(broker)
-        (*_, last) = consumer.take(5)
+        (*_, last) = Consumer(broker).take(5)
         client.zadd(f"{settings.queue}.unacked_index", {last.token: 1}, xx=True)
         with connected(settings) as other:
             other.drain(0)

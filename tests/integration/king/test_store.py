@@ -57,8 +57,7 @@ def test_tagged_post_gets_its_result_and_loses_its_job(rig: StoreRig) -> None:
     [recorded] = rig.store.finish([tagged(started(rig.store, "p1"))], context())
     assert isinstance(recorded, Tagged)
     result = rig.result("p1")
-    tagged_at = result.pop("tagged_at")
-    assert abs(tagged_at - datetime.now(timezone.utc)) < timedelta(seconds=20)
+    assert abs(result.pop("tagged_at") - datetime.now(timezone.utc)) < timedelta(seconds=20)
     assert result == {
         "model": BUNDLE[0],
         "version": BUNDLE[1],
@@ -289,8 +288,7 @@ def test_a_crash_counts_as_an_attempt(rig: StoreRig) -> None:
     """A King that dies with a post leaves a running job; whoever takes it over counts on."""
     rig.insert({"_id": "p1"})
     started(rig.store, "p1", context(owner="dead"))
-    waiting = begin_one(rig.store, "p1", context(NOW + 5))
-    assert waiting == HeldElsewhere("p1", NOW + 60)
+    assert begin_one(rig.store, "p1", context(NOW + 5)) == HeldElsewhere("p1", NOW + 60)
     known = context(NOW + 5, is_dead=lambda owner: owner == "dead")
     assert started(rig.store, "p1", known).attempt == 2  # seen to be dead: no waiting
     late = context(NOW + 66, owner="k3")

@@ -182,8 +182,7 @@ def test_mistakes_are_one_line_and_exit_2(
     folder: Path, capsys: pytest.CaptureFixture[str], words: Sequence[str], named: str
 ) -> None:
     """Each mistake: exit code 2, nothing on standard output, one line that names it."""
-    command = Command(folder, capsys)
-    code, out, err = command(*words)
+    code, out, err = Command(folder, capsys)(*words)
     assert (code, out) == (2, "")
     assert err.startswith("insighttag: ")
     assert err.count("\n") == 1
@@ -242,8 +241,7 @@ def test_results_and_jobs_of_any_shape_are_shown(
         results.append({**result, "modalities": {"video": "failed"}, "failures": {"video": odd}})
     letter = dead("j", "fetch", "FetchRefused")
     keys = [key for key in letter if key not in ("_id", "state")]
-    values = [*ODD, 1e300, -1e12, True, None]
-    letters = [{**letter, key: odd} for odd in values for key in keys]
+    letters = [{**letter, key: odd} for odd in [*ODD, 1e300, -1e12, True, None] for key in keys]
     database["posts"].insert_many([{"_id": f"r{n}", "insight": r} for n, r in enumerate(results)])
     database["jobs"].insert_many([{**each, "_id": f"j{n}"} for n, each in enumerate(letters)])
     for n in range(len(results)):

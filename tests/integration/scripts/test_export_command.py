@@ -121,8 +121,7 @@ def test_vggish_is_exported(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "vggish.pt2"
     given = ["--backbone", "audio", "--format", "torch", "--out", str(out), "--config", str(config)]
     assert run(["export", *given, "--set", "features.audio.arch=vggish"]) == 0
-    program = torch.export.load(out).module()
-    assert program(torch.zeros(3, 96, 64)).shape == (3, 128)
+    assert torch.export.load(out).module()(torch.zeros(3, 96, 64)).shape == (3, 128)
 
 
 def test_a_bundle_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,8 +106,7 @@ def test_ages_can_come_from_a_field_and_a_look_is_bounded(place: Place) -> None:
     backlog = look(settings).backlog
     assert backlog is not None
     assert (backlog.old, backlog.ageless, backlog.complete) == (12, 0, True)
-    few = settings.model_copy(update={"monitor": MonitorSettings(scan=10)})
-    backlog = look(few).backlog
+    backlog = look(settings.model_copy(update={"monitor": MonitorSettings(scan=10)})).backlog
     assert backlog is not None
     assert (backlog.untagged, backlog.old, backlog.complete) == (10, 10, False)
 

@@ -62,8 +62,7 @@ def test_what_is_written_is_read_again(
     """A file may hold some of the tags; --set goes over it, and --json is a file too."""
     command, file = ["bundle", "thresholds", str(bundle)], tmp_path / f"t.{form}"
     assert run([*command, "--set", "tag0=0.25", "--out", str(file)]) == 0
-    text = file.read_text()
-    file.write_text("\ufeff" + text.replace("0.25", "0.75"))
+    file.write_text("\ufeff" + file.read_text().replace("0.25", "0.75"))
     capsys.readouterr()
     assert run([*command, "--file", str(file), "--set", "tag5=1", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

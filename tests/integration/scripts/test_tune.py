@@ -64,8 +64,7 @@ def test_a_trial_that_diverges_ends_alone(
     hopeless = ("--search", "optimizer.learning_rate=1e30|2e30")
     assert run(asked(few_posts, 3, *hopeless)) == 2
     assert "no trial gave a finite loss" in capsys.readouterr().err
-    states = {trial.state for trial in journal(few_posts).trials}
-    assert states == {optuna.trial.TrialState.PRUNED}
+    assert {trial.state for trial in journal(few_posts).trials} == {optuna.trial.TrialState.PRUNED}
 
 
 @pytest.mark.parametrize(

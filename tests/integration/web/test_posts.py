@@ -139,8 +139,7 @@ def test_a_post_is_found_by_the_text_of_its_id(posts: Desk, database: Any, value
     database.posts.insert_one({"_id": value, "text": "x"})
     path = f"/v1/posts/{id_text(value)}"
     assert posts.client.get(path).json["state"] == "untagged"
-    answer = posts.client.post(path)
-    assert answer.json == {"post_id": id_text(value), "state": "queued"}
+    assert posts.client.post(path).json == {"post_id": id_text(value), "state": "queued"}
 
 
 def test_a_result_that_the_platform_has_written_into_is_shown(posts: Desk, database: Any) -> None:

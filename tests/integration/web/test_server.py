@@ -273,8 +273,7 @@ def test_half_requests_keep_no_thread(server: FlaskServer, half: str) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(40):
             address = ("127.0.0.1", server.port)
-            connection = stack.enter_context(socket.create_connection(address, timeout=20))
-            connection.sendall(HALVES[half])
+            stack.enter_context(socket.create_connection(address, timeout=20)).sendall(HALVES[half])
         for _ in range(3):
             assert requests.get(f"{server.url}/healthz", timeout=20).json() == {"status": "ok"}
         answer = requests.post(f"{server.url}/v1/tag", json={"text": TEXT}, timeout=60)

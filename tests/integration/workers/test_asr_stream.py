@@ -32,8 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = (np.random.default_rng(0).standard_normal(32_000) * 0.004).astype(np.float32)
     media.write_wav(folder / "speech.wav", noise, subtype="FLOAT")
     media.write_wav(folder / "silence.wav", np.zeros(32_000, np.float32))
-    film = media.write_video(folder / "film.mp4", media.grey_steps(20), audio=noise * 5)
-    assert film.exists()
+    assert media.write_video(folder / "film.mp4", media.grey_steps(20), audio=noise * 5).exists()
     asr = {"enabled": True, "arch": str(whisper), "no_speech": 1, "precision": "fp32"}
     features = tiny_features().model_dump(mode="json") | {"asr": asr}
     values = {"features": features, "cache": {"url": str(folder / "cache")}}
@@ -124,8 +123,7 @@ def test_it_is_trained_reported_and_served(
     command = ["tag", str(folder / "posts.json"), *served]
     capsys.readouterr()
     assert run([*command, "--config", str(folder / "on.yaml")]) == 0
-    shown = capsys.readouterr().out
-    assert '"asr": "ok"' in shown
+    assert '"asr": "ok"' in capsys.readouterr().out
     assert run([*command, "--config", str(folder / "off.yaml")]) == 2
     assert "modality asr: the bundle needs" in capsys.readouterr().err
 

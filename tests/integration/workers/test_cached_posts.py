@@ -183,8 +183,7 @@ def test_other_weights_of_one_extractor(world: World) -> None:
     assert set(world.downloads) == {"v.mp4", "s.wav"}
     assert after.arrays["audio"].tobytes() != before.arrays["audio"].tobytes()
     assert after.arrays["video"].tobytes() == before.arrays["video"].tobytes()
-    fresh = world.features(post, changed.model_copy(update={"cache": Settings().cache}))
-    same(after, fresh)
+    same(after, world.features(post, changed.model_copy(update={"cache": Settings().cache})))
 
 
 def test_same_file_under_another_url(world: World) -> None:
@@ -259,8 +258,7 @@ def test_damaged_cache_is_made_anew(world: World) -> None:
     assert len(entries) > 6
     for i, path in enumerate(entries):
         path.write_bytes(path.read_bytes()[: i * 7] if i % 2 else b"garbage")
-    second = world.features(post, world.settings())
-    same(first, second)
+    same(first, world.features(post, world.settings()))
     third = world.features(post, world.settings())
     assert not world.work
     same(first, third)

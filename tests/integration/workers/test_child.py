@@ -233,8 +233,7 @@ def test_decoder_out_of_memory_is_replaced(ends: Ends, monkeypatch: pytest.Monke
 def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> None:
     """Downloads run at once in threads; each says how it ended."""
     king, worker = ends
-    fetch = {"allow_private_hosts": True, "connections": 3}
-    context = context_of(worker, fetch=fetch)
+    context = context_of(worker, fetch={"allow_private_hosts": True, "connections": 3})
     context = replace(context, launch=msgspec.structs.replace(context.launch, spool=str(tmp_path)))
     with web_server() as web:
         for i, path in enumerate(["/ok", "/status/404", "/ok"]):

@@ -53,8 +53,7 @@ def test_tls_is_checked_against_the_name(tmp_path: Path, monkeypatch: pytest.Mon
         url = f"https://localhost:{server.server_port}/ok"
         spool = tmp_path / "spool"
         spool.mkdir()
-        reason = refused(url, spool)
-        assert reason == "the TLS connection cannot be trusted or agreed on"
+        assert refused(url, spool) == "the TLS connection cannot be trusted or agreed on"
         monkeypatch.setattr("certifi.where", lambda: pair[1])
         fetcher = Fetcher(settings_of())
         assert fetcher.fetch(Media("image", url), spool / "a").size_bytes == len(BODY)
@@ -165,13 +164,11 @@ def test_told_size_is_believed_when_it_is_too_large(web: Web, tmp_path: Path) ->
 @pytest.mark.parametrize("path", ["/endless", "/lies", "/bomb", "/gzip"])
 def test_size_is_counted_and_not_believed(web: Web, tmp_path: Path, path: str) -> None:
     """Without a length, in chunks, or unpacked: the limit holds."""
-    reason = refused(web.url(path), tmp_path, max_bytes=5000)
-    assert reason == "larger than fetch.max_bytes (5000)"
+    assert refused(web.url(path), tmp_path, max_bytes=5000) == "larger than fetch.max_bytes (5000)"
 
 
 def test_slow_answer(web: Web, tmp_path: Path) -> None:
-    reason = retryable(web.url("/slow/3"), tmp_path, read_timeout_s=0.3)
-    assert reason == "timed out after 0.3 s"
+    assert retryable(web.url("/slow/3"), tmp_path, read_timeout_s=0.3) == "timed out after 0.3 s"
 
 
 @pytest.mark.parametrize("path", ["/drip", "/driphead", "/hollow"])
@@ -181,8 +178,7 @@ def test_whole_time_is_bounded(web: Web, tmp_path: Path, path: str) -> None:
     Nor can one that sends packed nothing at full speed, without end.
     """
     started = time.monotonic()
-    reason = retryable(web.url(path), tmp_path, total_timeout_s=0.7)
-    assert reason == "timed out after 0.7 s"
+    assert retryable(web.url(path), tmp_path, total_timeout_s=0.7) == "timed out after 0.7 s"
     assert time.monotonic() - started < 8, "the server takes ten seconds"
 
 

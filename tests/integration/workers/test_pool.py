@@ -20,8 +20,7 @@ def test_every_stage_answers(driver: Driver) -> None:
     assert isinstance(fetched, Fetched)
     assert Path(fetched.path).read_text() == "x"
     Path(fetched.path).unlink()
-    decoded = driver.decode()
-    ref = decoded.parts[0].ref
+    ref = driver.decode().parts[0].ref
     features = driver.run(ExtractTask("video", "video", (ref,)))
     assert features.array.tolist() == [[ref.slot + 1.0] * 2]
     driver.pool.release(ref.slot)
@@ -31,8 +30,7 @@ def test_every_stage_answers(driver: Driver) -> None:
 
 def test_decoded_to_nothing_holds_no_slot(driver: Driver) -> None:
     """A result without arrays gives its slot back by itself, and keeps its failures."""
-    decoded = driver.decode("empty")
-    assert decoded.failures["audio"].message == "broken"
+    assert driver.decode("empty").failures["audio"].message == "broken"
     assert driver.free_slots == 4
 
 
@@ -47,8 +45,7 @@ def test_tasks_are_batched_across_posts(driver: Driver, tmp_path: Path) -> None:
 def test_a_bad_member_fails_alone(driver: Driver) -> None:
     driver.submit(text_task("sleep:0.3"))
     good = driver.submit(text_task("fine"))
-    bad = driver.submit(text_task("bad:no such thing"))
-    failure = driver.failed(bad).failure
+    failure = driver.failed(driver.submit(text_task("bad:no such thing"))).failure
     assert (failure.type, failure.message) == ("ConfigError", "no such thing")
     assert not failure.retryable
     driver.done(good)

@@ -78,8 +78,7 @@ def test_task_waits_no_longer_than_its_deadline(driver: Driver, tmp_path: Path) 
     """A queued task fails at its deadline, and its worker is left alone."""
     before = driver.pid("extract-0")
     with driver.held(text_task, tmp_path / "hold") as blocker:
-        waiting = driver.submit(text_task("x"), seconds=0.2)
-        failed = driver.failed(waiting)
+        failed = driver.failed(driver.submit(text_task("x"), seconds=0.2))
     assert (failed.failure.type, failed.failure.retryable) == ("RetryableError", True)
     assert failed.failure.message == "text waited past its deadline"
     driver.done(blocker)
@@ -99,8 +98,7 @@ def test_task_waits_no_longer_than_its_deadline(driver: Driver, tmp_path: Path) 
 def test_lying_worker_is_replaced(driver: Driver, task: ExtractTask, name: str) -> None:
     """A result that cannot be true is not passed on: the King would delete or read for it."""
     before = driver.pid(name)
-    failed = driver.failed(driver.submit(task))
-    assert failed.failure.type == "WorkerDied"
+    assert driver.failed(driver.submit(task)).failure.type == "WorkerDied"
     driver.ready()
     assert driver.pid(name) != before
 

@@ -34,8 +34,7 @@ def test_refused_start(tmp_path: Path) -> None:
 
 def test_start_that_fails_again_and_again(tmp_path: Path) -> None:
     """A worker that dies while loading is tried three times, with back-off, then given up."""
-    settings = toy_settings(tmp_path, features={"text": {"arch": "decode-dies"}})
-    driver = Driver(settings)
+    driver = Driver(toy_settings(tmp_path, features={"text": {"arch": "decode-dies"}}))
     driver.pool.start()
     driver.until(lambda: driver.told)
     [event] = driver.told

@@ -76,8 +76,7 @@ def settled(world: World, least: int) -> None:
 
 def replaced(driver: Driver, pid: int) -> bool:
     """Another process than this is the cache worker."""
-    worker = next(w for w in driver.pool.workers if w.name == "cache-0")
-    return worker.pid not in (None, pid)
+    return next(w for w in driver.pool.workers if w.name == "cache-0").pid not in (None, pid)
 
 
 def test_cache_worker_dies(driver: Driver, world: World) -> None:

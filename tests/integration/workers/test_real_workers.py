@@ -272,8 +272,7 @@ def test_decoder_that_needs_too_much_memory(site: Site, tmp_path: Path) -> None:
         failed = other.failed(other.submit(DecodeTask("image", str(path), -1))).failure
         assert failed.type == "MediaError", failed
         assert "allocate" in failed.message or "memory" in failed.message
-        fine = other.run(DecodeTask("image", str(site.folder / "a.png"), -1))
-        assert isinstance(fine, Decoded)
+        assert isinstance(other.run(DecodeTask("image", str(site.folder / "a.png"), -1)), Decoded)
     finally:
         other.stop()
 
@@ -393,8 +392,7 @@ def test_thresholds_by_hand_are_taken_up(driver: Driver, site: Site) -> None:
 def test_local_needs_the_right_bundle(site: Site, tmp_path: Path) -> None:
     """A bundle for other features, or trained with the other switch, is refused by name."""
     folder = tmp_path / "bundle"
-    wrong = {**site.suite.fingerprints, "image": "of others"}
-    write_bundle(folder, site.suite, fingerprints=wrong)
+    write_bundle(folder, site.suite, fingerprints={**site.suite.fingerprints, "image": "of others"})
     fusion = site.settings.fusion.model_copy(update={"bundle": folder})
     settings = site.settings.model_copy(update={"fusion": fusion})
     with pytest.raises(ConfigError, match="modality image: the bundle needs of others"):

@@ -192,8 +192,7 @@ def test_a_death_in_fusion_costs_an_attempt(made: Made) -> None:
     runner, _ = made(Scripted({"fuse": [replace(DIED, stage="fuse")] * ATTEMPTS}))
     with pytest.raises(RetryableError, match="died") as died:
         runner.submit(Post("p", "words")).result(60)
-    wrong = Failure("fuse", "FeatureError", "of other features")
-    runner, _ = made(Scripted({"fuse": [wrong]}))
+    runner, _ = made(Scripted({"fuse": [Failure("fuse", "FeatureError", "of other features")]}))
     with pytest.raises(FeatureError, match="of other features") as refused:
         runner.submit(Post("p", "words")).result(60)
     assert died.value.stage == refused.value.stage == "fuse"
@@ -234,8 +233,7 @@ def test_a_post_without_time_for_another_attempt_is_tagged_from_the_rest(made: M
     runner, _ = made(
         Scripted({"fetch": [down]}), settings=SETTINGS.model_copy(update={"king": king})
     )
-    post = Post("p", "words", (Media("image", URL),))
-    ran = runner.submit(post, deadline_s=30).result(20)
+    ran = runner.submit(Post("p", "words", (Media("image", URL),)), deadline_s=30).result(20)
     assert ran.features.failures == {"image": down}
     assert ran.features.statuses["text"] == "ok"
 
@@ -360,8 +358,7 @@ def test_real_workers_that_are_killed(tmp_path: Path) -> None:
         killer = runner.submit(Post("kill", "kill:"))
         with pytest.raises((NothingUsable, RetryableError), match="died"):
             killer.result(60)
-        extractor = next(view for view in runner.workers if view.role == "extract")
-        assert extractor.deaths == 2
+        assert next(view for view in runner.workers if view.role == "extract").deaths == 2
         slow = runner.submit(Post("p", "sleep:30"), deadline_s=0.5)
         with pytest.raises(DeadlineExceeded):
             slow.result(30)

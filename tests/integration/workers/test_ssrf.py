@@ -258,8 +258,7 @@ def test_ambiguous_urls_reach_nothing_private(net: Net, tmp_path: Path, form: st
 @pytest.mark.parametrize("url", SCHEMES)
 def test_other_schemes_are_refused(net: Net, tmp_path: Path, url: str) -> None:
     """Only http and https are requested; nothing is opened, not even a local file."""
-    reason = refused(url, tmp_path)
-    assert "is not http or https" in reason
+    assert "is not http or https" in refused(url, tmp_path)
     assert net.dialled == []
 
 

@@ -107,8 +107,7 @@ def test_what_is_put_is_there_for_everybody(open_one: Open) -> None:
     assert store.get_many(list(values)) == {}
     for name, value in values.items():
         store.put(name, value)
-    absent = key("absent")
-    assert dict(other.get_many([*values, absent])) == values
+    assert dict(other.get_many([*values, key("absent")])) == values
     store.put(key("k1"), b"new")
     assert other.get_many([key("k1")]) == {key("k1"): b"new"}
 

@@ -100,8 +100,7 @@ def test_a_process_tells_what_its_fingerprints_are_of() -> None:
 
 def test_a_feature_file_keeps_it(tmp_path: Path) -> None:
     """Reading with another fingerprint names the setting; files without it are read as before."""
-    array = np.zeros((1, 4), np.float16)
-    features = Features("p", {"video": array}, {"video": "ok"}, {}, None)
+    features = Features("p", {"video": np.zeros((1, 4), np.float16)}, {"video": "ok"}, {}, None)
     path = write_features(tmp_path, features, {"video": of()})
     assert read_features(tmp_path, "p", {"video": str(of())}).arrays["video"].shape == (1, 4)
     assert parts_of(read_header(path).fingerprints["video"]) == parts_of(of())
@@ -109,8 +108,7 @@ def test_a_feature_file_keeps_it(tmp_path: Path) -> None:
         read_features(tmp_path, "p", {"video": of(sampling={"frames": 9})})
     assert path.read_bytes() == features_bytes(features, read_header(path).fingerprints)
 
-    plain = write_features(tmp_path, features, {"video": str(of())})
-    assert b"made_of" not in plain.read_bytes()
+    assert b"made_of" not in write_features(tmp_path, features, {"video": str(of())}).read_bytes()
     with pytest.raises(FeatureError, match=r"is needed: extract it again"):
         read_features(tmp_path, "p", {"video": of(sampling={"frames": 9})})
 

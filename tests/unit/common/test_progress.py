@@ -16,8 +16,7 @@ def drawn(width: int) -> str:
     """Return a bar with a long note as a terminal of a width gets it."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     bars = on_console(console)
-    bar = Bar(bars, bars.add_task("image features", total=123_456, note=""))
-    bar.update(98_765, NOTE)
+    Bar(bars, bars.add_task("image features", total=123_456, note="")).update(98_765, NOTE)
     console.print(bars.get_renderable())
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text.rstrip("\n")

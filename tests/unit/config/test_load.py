@@ -180,8 +180,7 @@ def test_values_come_from_files(tmp_path: Path) -> None:
 
 def test_merge_is_deep_and_leaves_its_layers_alone() -> None:
     low = {"a": {"b": 1, "l": [1, 2]}, "c": 1}
-    high = {"a": {"l": [3]}, "c": {"d": 2}}
-    assert merge(low, high) == {"a": {"b": 1, "l": [3]}, "c": {"d": 2}}
+    assert merge(low, {"a": {"l": [3]}, "c": {"d": 2}}) == {"a": {"b": 1, "l": [3]}, "c": {"d": 2}}
     assert low == {"a": {"b": 1, "l": [1, 2]}, "c": 1}
 
 
@@ -248,8 +247,7 @@ def test_the_shipped_configurations_are_valid() -> None:
 def test_an_address_of_metrics_is_a_port_of_loopback_or_names_its_host(
     written: str, address: str | None
 ) -> None:
-    settings = load_settings(Path("/dev/null"), [f"king.metrics={written}"])
-    assert settings.king.metrics == address
+    assert load_settings(Path("/dev/null"), [f"king.metrics={written}"]).king.metrics == address
 
 
 @pytest.mark.parametrize(

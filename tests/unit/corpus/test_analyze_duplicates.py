@@ -171,8 +171,7 @@ def test_near_pairs_are_those_of_brute_force(distance: int) -> None:
         for i, j in itertools.combinations(range(300), 2)
         if (int(hashes[i]) ^ int(hashes[j])).bit_count() <= distance
     }
-    found = {(min(pair), max(pair)) for pair in near_pairs(hashes, distance)}
-    assert found == expected
+    assert {(min(pair), max(pair)) for pair in near_pairs(hashes, distance)} == expected
     assert expected
 
 

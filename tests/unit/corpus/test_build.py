@@ -141,8 +141,7 @@ def test_what_belongs_together_is_never_on_two_sides(tmp_path: Path) -> None:
 
 def test_media_are_the_same_by_their_content(tmp_path: Path) -> None:
     """Two URLs with one content are one medium: the manifest says so."""
-    posts = [_post(i) for i in range(40)]
-    _corpus(tmp_path, posts)
+    _corpus(tmp_path, [_post(i) for i in range(40)])
     lines = [
         {"source": f"media/{i}.jpg", "status": "ok", "sha256": "ab" * 32, "path": f"m/{i}.jpg"}
         for i in (1, 9, 17)
@@ -308,8 +307,7 @@ def test_mistakes_end_with_2_and_one_line(
     """The line names what is wrong; nothing is written."""
     _corpus(tmp_path, [*(_post(i) for i in range(20)), _post(20, labels=["nowhere", "tag1"])])
     assert _build(tmp_path, *more) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in said
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 

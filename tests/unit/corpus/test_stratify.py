@@ -49,8 +49,7 @@ def _dealt(
 
 def _numbers(groups: Groups) -> np.ndarray:
     """Number of each post's set, counted from 0 in the order of the first posts."""
-    roots = [groups.root(post) for post in range(len(groups))]
-    return np.unique(roots, return_inverse=True)[1]
+    return np.unique([groups.root(post) for post in range(len(groups))], return_inverse=True)[1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=40))

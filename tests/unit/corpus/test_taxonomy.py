@@ -151,8 +151,7 @@ def test_open_questions_stay_open_until_they_are_answered(tmp_path: Path) -> Non
     """A later change or half of the answers keeps the other posts of a split tag on the list."""
     labels, said = _map(tmp_path), tmp_path / "said.jsonl"
     data = _data(tmp_path, [["rain"], ["rain", "sun"], ["food"], ["rain"]])
-    split = ["labels", "split", str(labels), "rain", "--into", "mist", "--into", "hail"]
-    assert run(split) == 0
+    assert run(["labels", "split", str(labels), "rain", "--into", "mist", "--into", "hail"]) == 0
     apply = ["labels", "apply", str(labels), "--data", str(data)]
     said.write_text('{"post_id": "p3", "labels": ["hail"]}\n', encoding="utf-8")
     assert run([*apply, "--by-post", str(said)]) == 0
@@ -205,8 +204,7 @@ def test_check_finds_every_planted_conflict(
         assert part in said.out
     assert "conflicts in" in said.err
     assert run([*asked, "--json"]) == 2
-    conflicts = json.loads(capsys.readouterr().out)["conflicts"]
-    assert [*conflicts] == said.out.splitlines()
+    assert [*json.loads(capsys.readouterr().out)["conflicts"]] == said.out.splitlines()
     assert run(["labels", "history", str(labels), "--json"]) == 0
     [change] = json.loads(capsys.readouterr().out)
     assert (change["operation"], change["old"], change["new"]) == ("rename", ["rain"], ["wet"])

@@ -77,8 +77,7 @@ def test_a_thread_that_stops_is_seen_after_stall_s(thread: str) -> None:
     story = Story()
     story.run(5)
     story.frozen = {thread}
-    seen = story.run(12)
-    assert seen.tick_ages[thread] == 12
+    assert story.run(12).tick_ages[thread] == 12
     assert story.first["restart"] == 5 + 11
 
 

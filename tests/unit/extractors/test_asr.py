@@ -68,16 +68,14 @@ def test_words_are_those_of_transformers_and_silence_has_none(folder: Path) -> N
         assert found[row] == reference(folder, windows()[row], task="transcribe")
     for code in ("en", "de"):
         one = loaded(folder, language=code, batch_size=1).transcribe(windows()[3:4])
-        told = reference(folder, windows()[3], task="transcribe", language=code)
-        assert one == [words_of(told)]
+        assert one == [words_of(reference(folder, windows()[3], task="transcribe", language=code))]
     bf16 = loaded(folder, precision="bf16").transcribe(windows())
     assert [bool(text) for text in bf16] == [bool(text) for text in found]
 
 
 def test_what_whisper_calls_no_speech_has_no_words(folder: Path) -> None:
     """The probability of its first token decides, against the setting."""
-    whisper = loaded(folder, no_speech=0.0)
-    assert whisper.transcribe(windows()) == [""] * 5
+    assert loaded(folder, no_speech=0.0).transcribe(windows()) == [""] * 5
 
 
 def test_a_model_of_one_language(tmp_path: Path) -> None:
@@ -115,8 +113,7 @@ def test_the_level_is_that_of_the_loudest_tenth_of_a_second() -> None:
 
 def test_the_stream_is_the_text_encoders_vector_of_the_words(folder: Path) -> None:
     """One sound's windows are one text; the same encoder serves text and asr in one process."""
-    features = tiny_features(asr=asr(folder))
-    suite = ExtractorSuite(features, names=("text", "asr"))
+    suite = ExtractorSuite(tiny_features(asr=asr(folder)), names=("text", "asr"))
     suite.load()
     some = windows()
     [words, silence] = suite.run("asr", [some[[0, 3]], some[1:2]])
@@ -182,8 +179,7 @@ def test_sound_is_cut_into_windows_of_30_seconds_up_to_the_limit(tmp_path: Path,
 def test_off_it_costs_nothing(folder: Path) -> None:
     """No model, no place in a slot, no weights to fetch, no stream; on, all of these."""
     off, on = tiny_features(), tiny_features(asr=asr(folder))
-    names = [n for n in ExtractorSuite(off).names if n not in ExtractorSuite(on).names]
-    assert names == []
+    assert [n for n in ExtractorSuite(off).names if n not in ExtractorSuite(on).names] == []
     assert "asr" not in ExtractorSuite(off).names
     assert "asr" in ExtractorSuite(on).names
     assert slot_bytes(Settings(features=on)) - slot_bytes(Settings(features=off)) == pytest.approx(

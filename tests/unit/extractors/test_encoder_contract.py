@@ -227,8 +227,7 @@ def test_pictures_are_normalised_as_their_processor_says(
     pixels = torch.from_numpy(((item / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
     model = AutoModel.from_pretrained(path).eval()
     with torch.no_grad():
-        get = getattr(model, "get_image_features", model)
-        expected = pooled(get(pixel_values=pixels)).numpy()
+        expected = pooled(getattr(model, "get_image_features", model)(pixel_values=pixels)).numpy()
     np.testing.assert_allclose(run(extractor, [item])[0], expected, atol=2e-3, rtol=2e-3)
 
 
@@ -305,8 +304,7 @@ def test_the_last_token_is_that_of_left_padding(checkpoint: Callable[[Make], Pat
             .eval()(**tokenizer(texts, padding=True, return_tensors="pt"))
             .last_hidden_state
         )
-    found = np.concatenate(run(extractor, texts))
-    assert (cosines(found, states[:, -1].numpy()) > 0.9999).all()
+    assert (cosines(np.concatenate(run(extractor, texts)), states[:, -1].numpy()) > 0.9999).all()
 
 
 def test_a_prefix_stands_before_each_text(checkpoint: Callable[[Make], Path]) -> None:
@@ -362,8 +360,7 @@ def test_clap_never_crops_at_random(name: str, checkpoint: Callable[[Make], Path
     first, second = run(extractor, [rows, rows])
     assert first.shape == (4, extractor.dim)
     assert (cosines(first, second) > 0.9999).all()
-    found = extractor.embed_texts(["a dog", "rain"])
-    assert found.shape == (2, extractor.dim)
+    assert extractor.embed_texts(["a dog", "rain"]).shape == (2, extractor.dim)
 
 
 def test_silence_has_a_vector(checkpoint: Callable[[Make], Path]) -> None:

@@ -79,8 +79,7 @@ def test_both_streams_of_the_video(tmp_path: Path) -> None:
     """Frames and whole video lie side by side under one status, and are read as one wants."""
     one = example()
     vector = np.full((1, 16), 0.5, np.float16)
-    features = replace(one, arrays={"video_lstm": vector, **one.arrays})
-    write_features(tmp_path, features, PRINTS)
+    write_features(tmp_path, replace(one, arrays={"video_lstm": vector, **one.arrays}), PRINTS)
     found = read_features(tmp_path, "p1", PRINTS)
     np.testing.assert_array_equal(found.arrays["video_lstm"], vector)
     assert set(found.statuses) == {"video", "image", "audio", "text", "ocr"}

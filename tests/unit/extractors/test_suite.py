@@ -144,8 +144,7 @@ def test_a_part_of_the_extractors_gives_a_part_of_the_modalities() -> None:
     settings = FeatureSettings()
     assert stream_fingerprints(settings, {"audio": "a"}) == {"audio": "a"}
     assert set(stream_fingerprints(settings, {"text": "t"})) == {"text"}
-    append = FeatureSettings(ocr_mode="append")
-    assert stream_fingerprints(append, {"text": "t"}) == {}
+    assert stream_fingerprints(FeatureSettings(ocr_mode="append"), {"text": "t"}) == {}
 
 
 def test_digests_do_not_depend_on_order(tmp_path: Path) -> None:

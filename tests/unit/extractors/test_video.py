@@ -64,8 +64,7 @@ def test_centre_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_short_clips_give_each_frame_once(tmp_path: Path, count: int) -> None:
     """A clip of fewer frames than segments gives fewer features, not repeated ones."""
-    path = media.write_video(tmp_path / "a.mp4", media.grey_steps(count), 25)
-    found = greys(path)
+    found = greys(media.write_video(tmp_path / "a.mp4", media.grey_steps(count), 25))
     assert len(found) == count
     assert found == sorted(set(found))
 
@@ -84,8 +83,7 @@ def test_variable_frame_rate(tmp_path: Path) -> None:
 
 def test_the_whole_frame_is_squashed(tmp_path: Path) -> None:
     """Nothing is cropped: left and right edges of a wide video are there."""
-    path = media.write_video(tmp_path / "a.mp4", [media.halves(256, 64)] * 3, 25)
-    decoded = decode(path)
+    decoded = decode(media.write_video(tmp_path / "a.mp4", [media.halves(256, 64)] * 3, 25))
     assert decoded.frames is not None
     assert decoded.frames.shape == (3, 32, 32, 3)
     assert decoded.frames.dtype == np.uint8
@@ -180,8 +178,7 @@ def test_sound_and_silence(tmp_path: Path) -> None:
 
 
 def test_gif_as_video(tmp_path: Path) -> None:
-    path = media.write_gif(tmp_path / "a.gif", media.grey_steps(8))
-    assert len(greys(path)) == 8
+    assert len(greys(media.write_gif(tmp_path / "a.gif", media.grey_steps(8)))) == 8
 
 
 def broken(path: Path, **stream: int) -> Path:
@@ -221,8 +218,7 @@ def test_broken_frames_leave_the_sound(tmp_path: Path) -> None:
 
 def test_sound_only(tmp_path: Path) -> None:
     """A container of sound alone, posted as a video, gives its sound and says what lacks."""
-    path = media.write_aac(tmp_path / "a.mp4", media.tone(440, 2, 44100))
-    decoded = decode(path)
+    decoded = decode(media.write_aac(tmp_path / "a.mp4", media.tone(440, 2, 44100)))
     assert decoded.frames is None
     assert decoded.sound is not None
     assert decoded.failures["video"].message == "MP4 video has no video stream"
@@ -255,8 +251,7 @@ def test_an_mp4_without_its_index(tmp_path: Path) -> None:
 
 def test_a_lying_duration(tmp_path: Path) -> None:
     """The header's duration is not believed: frames are spread over those that are there."""
-    steps = media.grey_steps(64)
-    path = media.write_video(tmp_path / "a.mp4", steps, 25, options={"crf": "1"})
+    path = media.write_video(tmp_path / "a.mp4", media.grey_steps(64), 25, options={"crf": "1"})
     honest = greys(path)
     data = bytearray(path.read_bytes())
     for box, offset in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20)):

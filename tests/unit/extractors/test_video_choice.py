@@ -72,8 +72,7 @@ EVERY_2_S = [50 * i for i in range(10)]  # of 20 s at 25 Hz
 def test_cheap_frames(
     frames: int, keys: list[int], count: int, least: int, chosen: list[int]
 ) -> None:
-    made = index([40 * i for i in range(frames)], set(keys))
-    assert made.choose_cheap(count, least) == chosen
+    assert index([40 * i for i in range(frames)], set(keys)).choose_cheap(count, least) == chosen
 
 
 @pytest.mark.parametrize("seed", range(30))

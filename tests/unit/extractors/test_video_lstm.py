@@ -64,8 +64,7 @@ def numpy_lstm(w: dict[str, Any], frames: Any) -> Any:
     """The published layers for one video, in float64."""
     x = np.tanh(frames @ w["project.weight"].T + w["project.bias"])
     ahead = numpy_direction(w, x, "")
-    back = numpy_direction(w, x[::-1], "_reverse")[::-1]
-    states = np.concatenate([ahead, back], axis=1)
+    states = np.concatenate([ahead, numpy_direction(w, x[::-1], "_reverse")[::-1]], axis=1)
     scores = (states @ w["attend.weight"].T + w["attend.bias"])[:, 0]
     weights = np.exp(scores - scores.max())
     summed = (weights / weights.sum()) @ states
@@ -151,8 +150,7 @@ def test_a_video_gives_rows_and_a_vector() -> None:
     plain = VideoExtractor(settings(lstm={"weights": None}))
     plain.load()
     np.testing.assert_array_equal(plain.forward([pixels(6)])[0], found["video"])
-    lstm = loaded()
-    np.testing.assert_array_equal(lstm.vectors([found["video"]])[0], found["video_lstm"])
+    np.testing.assert_array_equal(loaded().vectors([found["video"]])[0], found["video_lstm"])
 
 
 def test_short_clips_repeat_their_frames() -> None:

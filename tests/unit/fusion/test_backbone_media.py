@@ -102,8 +102,7 @@ def test_what_is_drawn_depends_on_the_batch_alone(posts: Path) -> None:
     train.__getitems__([1, 3])
     for one, again in zip(first, train.__getitems__([4, 2]), strict=True):
         np.testing.assert_array_equal(one, again.arrays[STREAM])
-    other = train.__getitems__([4, 3])[0].arrays[STREAM]
-    assert not np.array_equal(first[0], other)
+    assert not np.array_equal(first[0], train.__getitems__([4, 3])[0].arrays[STREAM])
     valid = build(item)
     np.testing.assert_array_equal(
         valid[4].arrays[STREAM][0], MediaItems().frames(listed[4].paths[0], SIZE, 3, None)
@@ -138,12 +137,10 @@ def test_media_of_one_post_are_limited() -> None:
     post = MediaPost("p", tuple(Path(str(i)) for i in range(10)), (0,))
     item = partial(pixels, reader=Named(), size=4, segments=None)
     build = partial(MediaDataset.of_files, [post], 1, item, max_items=3)
-    valid = build()
-    assert valid[0].arrays[STREAM][:, 0, 0, 0, 0].tolist() == [1, 5, 8]
+    assert build()[0].arrays[STREAM][:, 0, 0, 0, 0].tolist() == [1, 5, 8]
     seen: set[int] = set()
     for seed in range(30):
-        train = build(seed=seed)
-        found = train[0].arrays[STREAM][:, 0, 0, 0, 0].tolist()
+        found = build(seed=seed)[0].arrays[STREAM][:, 0, 0, 0, 0].tolist()
         assert found == sorted(set(found))
         assert len(found) == 3
         seen.update(found)
@@ -216,6 +213,5 @@ def test_a_post_without_video_has_the_scores_of_the_frequencies() -> None:
     tagger = LstmTagger(DIM, SIZES, 2).eval()
     tagger.start_at(torch.tensor([0.5, 0.1]))
     tokens = torch.randn(2, 1, 6, DIM)
-    mask = torch.tensor([[True], [False]])
-    found = tagger(Batch(("a", "b"), {STREAM: tokens}, {STREAM: mask}))
+    found = tagger(Batch(("a", "b"), {STREAM: tokens}, {STREAM: torch.tensor([[True], [False]])}))
     torch.testing.assert_close(found[1].sigmoid(), torch.tensor([0.5, 0.1]))

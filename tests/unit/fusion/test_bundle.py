@@ -70,8 +70,7 @@ def _cut(path: Path) -> None:
 
 
 def _edit(path: Path, **changes: object) -> None:
-    content = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({**content, **changes}))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
 
 
 def _calibrated(**calibration: object) -> Callable[[Path], None]:
@@ -285,8 +284,7 @@ def test_near_misses_are_the_nearest_to_their_thresholds(
 ) -> None:
     """Of a tag that stands for several, the one that is nearest; none below half its threshold."""
     _, found = chooser(rules).choose(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
-    shown = [(each.id, each.score, pytest.approx(each.threshold)) for each in found]
-    assert shown == near
+    assert [(each.id, each.score, pytest.approx(each.threshold)) for each in found] == near
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

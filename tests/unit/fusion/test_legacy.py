@@ -59,8 +59,7 @@ def test_no_command_executes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     torch.save(Bomb(folder / "written"), folder / "bomb.pth")
     assert rig.infer(folder, "--best_model", str(folder / "bomb.pth")) == 2
     assert "set allow_pickle: true" in capsys.readouterr().err
-    settings = support.train_settings(folder).model_dump_json()
-    (folder / "train.yaml").write_text(settings)
+    (folder / "train.yaml").write_text(support.train_settings(folder).model_dump_json())
     support.write_posts(folder, "train", 8, 1)
     support.write_posts(folder, "valid", 8, 2)
     given = ["--model_config", str(folder / "train.yaml"), "--resume", str(folder / "bomb.pth")]
@@ -171,8 +170,7 @@ def test_a_file_with_a_damaged_name_is_one_line(tmp_path: Path) -> None:
     storage = torch.ones(3)
     torch.save({"a": storage}, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
-    key = str(storage.untyped_storage()._cdata).encode()
-    at = content.rindex(key)
+    at = content.rindex(str(storage.untyped_storage()._cdata).encode())
     path.write_bytes(content[:at] + b"?" + content[at + 1 :])
     with pytest.raises(ConfigError, match=r"w\.pth: cannot be read as weights") as caught:
         load_weights(path)
@@ -208,6 +206,5 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"w\.pth: does not fit the architecture") as caught:
         resolve_model(tmp_path / "w.pth", tmp_path / "bundle", tmp_path / "x", allow_pickle=False)
     assert "\n" not in str(caught.value)
-    model = support.model("gmu")
-    extra = {**model.state_dict(), "own.video.weight": torch.ones(1)}
+    extra = {**support.model("gmu").state_dict(), "own.video.weight": torch.ones(1)}
     fit(support.model("gmu"), extra, tmp_path / "w.pth")

@@ -203,8 +203,7 @@ def test_in_training_too_a_post_is_blind_to_the_padding_of_others(name: str) -> 
         tokens = {m: nn.functional.pad(t, (0, 0, 0, padding)) for m, t in batch.tokens.items()}
         masks = {m: nn.functional.pad(t, (0, padding)) for m, t in batch.masks.items()}
         logits = model(batch._replace(tokens=tokens, masks=masks)).detach()
-        learned = [b.clone() for b in model.buffers() if b.is_floating_point()]
-        found.append([logits, *learned])
+        found.append([logits, *[b.clone() for b in model.buffers() if b.is_floating_point()]])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -215,8 +214,7 @@ def test_every_parameter_learns_also_where_no_post_has_a_modality(name: str) -> 
     model = lively(name).train()
     batch = batch_of([POSTS[2], POSTS[2]], targets=True)
     Objective(model, TaggingLoss(LossSettings(), torch.ones(6)), auxiliary=1.0)(batch).backward()
-    lost = [k for k, p in model.named_parameters() if p.grad is None]
-    assert lost == []
+    assert [k for k, p in model.named_parameters() if p.grad is None] == []
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
@@ -508,16 +506,14 @@ def test_stochastic_depth_skips_posts_as_often_as_asked_and_keeps_the_mean() -> 
     assert torch.equal(block.eval()._sometimes(branch), branch)
     settings = support.SMALL.model_copy(update={"name": "mbt"})
     built: Any = build_model(support.schema(), settings)
-    layers = built.blocks
-    assert [b["video"].skip for b in layers] == pytest.approx([0, 0.05, 0.1])
+    assert [b["video"].skip for b in built.blocks] == pytest.approx([0, 0.05, 0.1])
 
 
 def test_the_bottleneck_is_the_only_way_between_modalities() -> None:
     """With nothing shared in the exchange, a modality's stream would not know of the others."""
     model = lively("mbt", bottlenecks=1)
     batch = batch_of([POSTS[0]])
-    other = batch_of([support.features("a", seed=9)])
-    swapped = {**batch.tokens, "text": other.tokens["text"]}
+    swapped = {**batch.tokens, "text": batch_of([support.features("a", seed=9)]).tokens["text"]}
     found = []
     for tokens in (batch.tokens, swapped):
         seen: list[torch.Tensor] = []

@@ -116,8 +116,7 @@ def test_groups_keep_their_proportion_under_a_schedule() -> None:
     for _ in range(4):
         optimizer.step()
         schedule.step()
-    factors = {round(g["lr"] / g["initial_lr"], 9) for g in optimizer.param_groups}
-    assert len(factors) == 1
+    assert len({round(g["lr"] / g["initial_lr"], 9) for g in optimizer.param_groups}) == 1
     assert {g["initial_lr"] for g in optimizer.param_groups} == {1e-4, 1e-3, 1e-2}
 
 

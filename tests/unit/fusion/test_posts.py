@@ -56,8 +56,7 @@ def test_entries_are_what_json_says_wherever_blocks_end(
     found = list(entries(file))
     assert [entry.value for entry in found] == ENTRIES
     raw = file.read_bytes()
-    again = [json.loads(raw[entry.start : entry.start + entry.size]) for entry in found]
-    assert again == ENTRIES
+    assert [json.loads(raw[entry.start : entry.start + entry.size]) for entry in found] == ENTRIES
 
 
 @pytest.mark.parametrize(

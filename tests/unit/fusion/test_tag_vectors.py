@@ -116,8 +116,7 @@ def test_without_posts_a_tag_is_given_to_posts_that_speak_of_it() -> None:
 def test_labels_calibrate_scores_and_the_weights_of_modalities(tmp_path: Path) -> None:
     """Scores of new posts are near the share that is right, and the better modality counts more."""
     bundle = made(data_file(tmp_path, 400))
-    member = bundle.members[0]
-    image, text = dict(member.named_parameters())["mixing"].mean(dim=1).tolist()
+    image, text = dict(bundle.members[0].named_parameters())["mixing"].mean(dim=1).tolist()
     assert text > image
     assert bundle.metrics["f1_micro"] > 0.7
     chance, scores, truth = np.random.default_rng(5), [], []

@@ -128,8 +128,7 @@ def test_every_modality_reaches_the_fusion(tmp_path: Path) -> None:
 def test_more_media_than_slots_do_not_deadlock(tmp_path: Path) -> None:
     media = tuple(Media("video", f"http://a/{i}") for i in range(6))
     with bench(tmp_path / "s", slots=1) as it:
-        posts = [begun(Post(f"p{i}", media=media)) for i in range(8)]
-        outcomes = it.run(*posts)
+        outcomes = it.run(*[begun(Post(f"p{i}", media=media)) for i in range(8)])
         assert all(isinstance(outcome, Tagged) for outcome in outcomes)
         it.settle()
 

@@ -51,8 +51,7 @@ def test_broker_and_database_away_at_the_start(tmp_path: Path) -> None:
             it.until(lambda: it.king.status.phase == "broker_down")
             broker.queue.reachable = True
             it.until(lambda: len(broker.acked) == 1)
-    events = {line["event"] for line in logs}
-    assert {"king.store_unreachable", "king.broker_unreachable"} <= events
+    assert {"king.store_unreachable", "king.broker_unreachable"} <= {line["event"] for line in logs}
 
 
 def test_lost_connection_loses_and_repeats_nothing(tmp_path: Path) -> None:

@@ -150,8 +150,7 @@ class _Storing:
         )
 
     def end(self, number: int) -> None:
-        begun = self.started[number]
-        self.inbox.finish(tagged(begun))
+        self.inbox.finish(tagged(self.started[number]))
 
     def until(self, done: Callable[[], object]) -> None:
         wait_until(lambda: bool(done()), 30, "the store thread")

@@ -63,8 +63,7 @@ def test_a_list_names_what_is_served_kept_on_trial_and_broken(
 ) -> None:
     assert shop.run("shadow", str(shop.folder / "new")) == 0
     assert shop.run("use", str(shop.folder / "new")) == 0
-    broken = shop.write("broken", "20260102T000000Z")
-    (broken / "labels.json").unlink()
+    (shop.write("broken", "20260102T000000Z") / "labels.json").unlink()
     capsys.readouterr()
     assert shop.run("list", "--json") == 0
     found = {Path(each["folder"]).name: each for each in printed(capsys)}

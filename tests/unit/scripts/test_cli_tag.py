@@ -114,8 +114,7 @@ class FakeRunner:
             failures={"video": failure},
         )
         tags = (Tag(3, "猫", 0.9),) if post.text == "cat" else ()
-        scores = np.zeros(4)
-        return PostTags(features, Tags(post.post_id, "demo", "v1", tags, scores), {})
+        return PostTags(features, Tags(post.post_id, "demo", "v1", tags, np.zeros(4)), {})
 
 
 @pytest.fixture

@@ -94,8 +94,7 @@ def test_mistakes_in_what_is_published(
     response = desk.client.post("/v1/posts/p1", **body)
     assert response.status_code == status
     assert reason in response.json["error"]["message"]
-    long = desk.client.post("/v1/posts/" + "x" * 513)
-    assert long.status_code == 400
+    assert desk.client.post("/v1/posts/" + "x" * 513).status_code == 400
     assert "at most 512" in desk.client.get("/v1/posts/" + "x" * 513).json["error"]["message"]
 
 

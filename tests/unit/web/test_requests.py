@@ -277,8 +277,7 @@ def test_nothing_usable_has_its_reasons(desk: Desk) -> None:
         return default_answer(task)
 
     desk.pool._answer = answer
-    data = {"images": file(), "videos": ["http://h/v.mp4"]}
-    response = desk.client.post("/v1/tag", data=data)
+    response = desk.client.post("/v1/tag", data={"images": file(), "videos": ["http://h/v.mp4"]})
     assert response.status_code == 422
     error = response.json["error"]
     assert error["type"] == "NothingUsable"

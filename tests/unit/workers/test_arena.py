@@ -90,8 +90,7 @@ def test_memory_file_cannot_be_shrunk() -> None:
 
 def test_slot_is_free_after_release_and_last_task() -> None:
     table = SlotTable(1)
-    slot = table.acquire()
-    assert slot == 0
+    assert table.acquire() == 0
     assert table.acquire() is None
     table.hand_over(0)
     table.retain(0)

@@ -213,8 +213,7 @@ def test_closing_a_dead_cache_is_quiet() -> None:
 
 
 def test_url_of_a_cache_is_shown_without_password() -> None:
-    settings = CacheSettings(url="redis://user:hush@127.0.0.1:1/0", timeout_s=0.3)
-    guarded = GuardedStore.open(settings)
+    guarded = GuardedStore.open(CacheSettings(url="redis://user:hush@127.0.0.1:1/0", timeout_s=0.3))
     with capture_logs() as logs:
         guarded.get_many([KEY])
     assert "hush" not in str(logs)

@@ -60,8 +60,7 @@ def test_waveform_windows_pad_or_drop_the_rest(seconds: float, rows: int) -> Non
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 3.1, 7.0])
 def test_most_rows_is_never_passed(sound: SoundInput, seconds: float) -> None:
     """As much sound as the limits allow gives no more rows than a slot has room for."""
-    waveform = np.zeros(int(sound.rate_hz * seconds), np.float32)
-    rows = sound_rows(waveform, sound)
+    rows = sound_rows(np.zeros(int(sound.rate_hz * seconds), np.float32), sound)
     assert rows.shape[1:] == sound.shape
     assert len(rows) <= np.ceil(seconds / sound.row_s)
 
@@ -86,8 +85,7 @@ def test_every_encoder_of_sound(
         media.write_wav(path, tone, 44_100)
     else:
         media.write_video(path, media.grey_steps(75), audio=tone, audio_rate_hz=44_100)
-    audio = AudioSettings(arch=arch, weights="random:1", precision="fp32")
-    features = tiny_features(audio=audio)
+    features = tiny_features(audio=AudioSettings(arch=arch, weights="random:1", precision="fp32"))
     settings = Settings(features=features).model_copy(
         update={"decode": Settings().decode.model_copy(update={"max_audio_s": 2})}
     )

@@ -363,8 +363,7 @@ def test_slot_holds_the_most_a_file_can_give(ocr: bool, padded: bool) -> None:
 def test_the_times_of_stages_add_up_to_the_total(tmp_path: Path) -> None:
     """They are times by the clock, though media are worked on side by side."""
     ended: list[PostTags] = []
-    pool = FakePool(tmp_path)
-    runs = PostRuns(pool)
+    runs = PostRuns(FakePool(tmp_path))
     post = Post("p", "a text", (IMAGE, IMAGE, VIDEO))
     run = PostRun(
         plan_of(post),

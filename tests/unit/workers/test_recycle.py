@@ -16,8 +16,7 @@ def test_ends_after_so_many_tasks() -> None:
 def test_ends_after_so_much_growth_over_its_warm_size() -> None:
     """Growth counts from the size after the warm-up."""
     held = [500 * MIB]
-    settings = WorkerSettings(recycle_tasks=0, recycle_growth_mb=100)
-    recycler = Recycler(settings, lambda: held[0])
+    recycler = Recycler(WorkerSettings(recycle_tasks=0, recycle_growth_mb=100), lambda: held[0])
     for _ in range(50):
         assert recycler.served(10) is None
     held[0] += 100 * MIB
@@ -28,6 +27,5 @@ def test_ends_after_so_much_growth_over_its_warm_size() -> None:
 
 
 def test_zero_switches_it_off() -> None:
-    settings = WorkerSettings(recycle_tasks=0, recycle_growth_mb=0)
-    recycler = Recycler(settings, lambda: 2**60)
+    recycler = Recycler(WorkerSettings(recycle_tasks=0, recycle_growth_mb=0), lambda: 2**60)
     assert [recycler.served(1000) for _ in range(1000)] == [None] * 1000

@@ -53,8 +53,7 @@ def test_work_is_spread_over_workers() -> None:
 
 def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
     """A full stage stops the stages before it."""
-    decoders = [decoder(f"d{i}") for i in range(5)]
-    made = scheduler(*decoders)
+    made = scheduler(*[decoder(f"d{i}") for i in range(5)])
     for _ in range(9):
         made.submit(decode_task(), 99)
     assert len(sent(made)) == len(made.slots) == 3
@@ -130,8 +129,7 @@ def test_batches_are_small_on_a_cpu(device: str, share: bool, wanted: dict[str, 
 
 def test_posts_are_gathered_for_fusion_while_much_else_is_open() -> None:
     """Until they are a quarter of the open tasks beyond eight, or a tenth of a second is over."""
-    fusion = WorkerLoad("f", ("fuse",), None, 10.0)
-    made = scheduler(fusion)
+    made = scheduler(WorkerLoad("f", ("fuse",), None, 10.0))
     alone = made.submit(fuse_task("p0"), 99)
     assert ids(sent(made)) == [alone]
     made.began("f", [alone], 0.0)
@@ -285,8 +283,7 @@ def test_hanging_batch_is_rerun_one_by_one() -> None:
     batch = [made.submit(text_task("x"), 99) for _ in range(2)]
     sent(made)
     made.began("e", batch, 0.0)
-    kill = made.overdue(11.0).kill
-    assert made.died("e", kill["e"]) == []
+    assert made.died("e", made.overdue(11.0).kill["e"]) == []
     made.add(extractor())
     [(_, first)] = sent(made, 11.0)
     assert first.solo

@@ -96,8 +96,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.up)
     @rule(data=st.data())
     def worker_dies(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.up)))
-        self._bury(name, None)
+        self._bury(data.draw(st.sampled_from(sorted(self.up))), None)
 
     def _bury(self, name: str, culprits: frozenset[int] | None) -> None:
         begun = self.begun.pop(name)

@@ -71,8 +71,7 @@ def test_several_members_are_one_body(chunk: int) -> None:
 @pytest.mark.parametrize("label", PACKERS)
 def test_bomb_comes_in_small_steps(label: str) -> None:
     """The reader can stop after any of them."""
-    packed = PACKERS[label](bytes(50_000_000))
-    steps = unpacked(iter([packed]), label)
+    steps = unpacked(iter([PACKERS[label](bytes(50_000_000))]), label)
     assert [len(next(steps)) for _ in range(20)] == [STEP_BYTES] * 20
     assert 20 * STEP_BYTES + sum(map(len, steps)) == 50_000_000
 
