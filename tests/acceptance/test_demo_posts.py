@@ -68,7 +68,6 @@ def test_the_same_seed_gives_the_same_files(made: tuple[Path, list[Entry]], tmp_
 
 
 def test_every_media_file_decodes(made: tuple[Path, list[Entry]]) -> None:
-    """Files are what their names say, and all kinds are there."""
     folder, entries = made
     suffixes: Counter[str] = Counter()
     for entry in entries:

@@ -73,7 +73,6 @@ def test_raw_media_give_what_insighttag_tag_gives(
 def test_a_post_with_nothing_is_named_or_left_out(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A media file that is not there, and a post of nothing."""
     bad = [
         {"post_id": "a", "text": "cat"},
         {"post_id": "b"},

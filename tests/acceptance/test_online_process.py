@@ -142,7 +142,6 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
 def test_wrong_settings_are_one_line_and_exit_2(
     arguments: tuple[str, ...], word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wrong key, a missing file and a wrong URL end before anything starts."""
     assert online_process.main(arguments) == 2
     said = capsys.readouterr().err
     assert word in said

@@ -23,7 +23,6 @@ SPLITS = ("train", "valid", "test")
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_sample_is_whole(split: str) -> None:
-    """Labels are in the map; media and feature files are there."""
     labels = LabelMap.load(ROOT / "config/idx2name_cls24.json")
     for record in support.records(DATA / f"{split}_cls24_samples.json"):
         assert labels.encode(record.labels)
@@ -34,7 +33,6 @@ def test_every_sample_is_whole(split: str) -> None:
 
 
 def test_the_splits_share_no_post() -> None:
-    """No post ID and no medium stands in two of the files."""
     posts = [read_whole_posts(DATA / f"{split}_cls24_samples.json") for split in SPLITS]
     names = [{post.post_id for post in split} for split in posts]
     media = [{m.source for post in split for m in post.media} for split in posts]
@@ -43,7 +41,6 @@ def test_the_splits_share_no_post() -> None:
 
 
 def test_sample_features_can_be_made_again() -> None:
-    """The extractors of the sample config give the features that lie in ``data/features``."""
     settings = load_settings(ROOT / "config/infer_config_sample.yaml")
     posts: list[Post] = list(read_whole_posts(DATA / "test_cls24_samples.json"))[:4]
     with local_runner(settings, fuse=False) as runner:

@@ -80,7 +80,6 @@ def _site(folder: Path) -> tuple[list[dict[str, Any]], Site]:
 
 
 def test_what_is_planted_is_the_seeds_choice(tmp_path: Path) -> None:
-    """The same seed breaks the same posts with the same bytes; another seed breaks others."""
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         entries, site = _site(tmp_path / name)

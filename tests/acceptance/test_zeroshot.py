@@ -120,7 +120,6 @@ def test_the_daemon_tags_by_texts_alone(
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each names the file, the tag or the setting, and leaves no bundle."""
     config = settings_file(tmp_path)
     out = str(tmp_path / "b")
 

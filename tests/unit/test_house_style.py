@@ -45,7 +45,6 @@ def test_no_product_module_is_over_700_lines() -> None:
 
 
 def test_top_level_scripts_are_thin() -> None:
-    """The work of a script lives in a package; the script is under 60 lines."""
     sizes = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in ROOT.glob("*.py")}
     assert {path: size for path, size in sizes.items() if size >= MAX_TOP_LINES} == {}
 

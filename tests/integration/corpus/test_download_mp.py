@@ -153,7 +153,6 @@ def test_rerun_asks_only_for_what_may_have_passed(site: MediaSite, tmp_path: Pat
 
 
 def test_tries_again_with_waits(site: MediaSite, tmp_path: Path) -> None:
-    """Passing failures are tried again up to the limit; Retry-After is honoured."""
     posts = write_posts(tmp_path / "p.jsonl", [[site.url("/flaky/2")], [site.url("/status/502")]])
     out = tmp_path / "out"
     assert main(command(posts, out, "--retries", "2")) == 0
@@ -249,7 +248,6 @@ def finished(out: Path) -> set[str]:
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    """After two kill -9 and a rerun all files are the same bytes; nothing is had twice."""
     chance, count, connections = random.Random(), 80, 4
     hashes = {f"/png/{i}": hashlib.sha256(png(i)).hexdigest() for i in range(count)}
     with media_site(delay_s=0.02) as site:
@@ -281,7 +279,6 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
 
 
 def test_signal_ends_it_in_good_order(tmp_path: Path) -> None:
-    """One line with what to do next, no process left; a rerun ends it."""
     with media_site(delay_s=0.05) as site:
         posts = write_posts(tmp_path / "p.jsonl", [[site.url(f"/png/{i}")] for i in range(100)])
         run = spawn(posts, tmp_path / "out", "--connections", "4", start_new_session=True)

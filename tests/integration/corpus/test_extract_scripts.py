@@ -100,7 +100,6 @@ def test_what_failed_is_told_with_its_reason(corpus: Path) -> None:
 def test_a_second_run_does_nothing_and_says_the_same(
     corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No file is touched, and the failures are told again, byte for byte."""
     root = corpus / "features"
     before, stamps = files(root), {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")}
     words = [*arguments(corpus / "tiny.yaml", corpus / "posts.jsonl", root), "--json"]
@@ -131,7 +130,6 @@ def _stop_after(process: subprocess.Popen[bytes], root: Path, count: int, number
 
 
 def test_killed_runs_go_on_and_end_the_same(tmp_path: Path) -> None:
-    """After a kill and a SIGTERM the files are those of one run, and none was made twice."""
     posts, config = write_pictures(tmp_path / "in", 150), write_config(tmp_path)
     assert main("image", arguments(config, posts, tmp_path / "whole")) == 0
     root = tmp_path / "killed"

@@ -239,7 +239,6 @@ def test_tags_with_few_posts_are_left_out(
 def test_kills_at_random_moments_change_nothing(
     arguments: list[str], insert: Insert, tmp_path: Path
 ) -> None:
-    """After two kill -9 and a rerun all files are the same bytes as undisturbed ones."""
     more = ["--sample", "500", "--min_posts_per_tag", "10"]
     found = documents(600)
     for document in found[::100]:
@@ -271,7 +270,6 @@ def test_kills_at_random_moments_change_nothing(
 
 
 def test_signal_ends_it_in_good_order(arguments: list[str], insert: Insert, tmp_path: Path) -> None:
-    """SIGTERM: one line with what to do next; a rerun writes what is missing."""
     insert(documents(500))
     run = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments, "--page", "5"],

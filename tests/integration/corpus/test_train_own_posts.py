@@ -158,7 +158,6 @@ def test_other_settings_for_the_same_folder_are_named(
 def test_other_posts_for_the_same_folder_are_named(
     folder: Path, trained: dict[Path, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another folder, and the same one with other content."""
     capsys.readouterr()
     other = words(folder)
     other[1] = str(folder / "new")

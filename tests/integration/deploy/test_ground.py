@@ -37,7 +37,6 @@ def checkout(tmp_path: Path) -> Path:
 
 @needs_make
 def test_every_promised_target_is_there(checkout: Path) -> None:
-    """Each target runs its command; without an environment it makes one first, pinned."""
     demo = make("-n", "demo", cwd=checkout).stdout
     assert "-m demo" in demo
     assert "-m venv .venv" in demo

@@ -120,7 +120,6 @@ def test_a_stalled_king_is_killed_until_the_budget_is_spent(tmp_path: Path) -> N
 
 
 def test_a_king_that_ends_meanwhile_is_not_killed(tmp_path: Path) -> None:
-    """While its stacks were written another King was started: that one is left alone."""
     supervisor = FakeSupervisor(pid=2**22 - 1)
     watchdog, progress = watched(settings_in(tmp_path, dump_s=0.1), supervisor)
     progress.seen = stalled(pid=2**22 - 2)
@@ -206,7 +205,6 @@ def test_a_long_stack_file_is_set_aside_and_a_missing_folder_only_warned(tmp_pat
 
 
 def test_an_unreachable_supervisor_is_said_once(tmp_path: Path) -> None:
-    """The watchdog lives on, and does not repeat itself at every round."""
     supervisor = FakeSupervisor(error="supervisor at x: no such file")
     with structlog.testing.capture_logs() as logs:
         watchdog = Watchdog(settings_in(tmp_path), supervisor)

@@ -96,7 +96,6 @@ def test_refused_configuration_is_not_restarted_and_a_crash_is(checkout: Checkou
 
 
 def test_supervisor_errors_are_one_line(short_path: Path) -> None:
-    """No socket, and a socket that never answers, both become a RetryableError in time."""
     import socket
 
     with pytest.raises(RetryableError, match="No such file"):

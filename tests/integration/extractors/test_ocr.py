@@ -39,13 +39,11 @@ def run(ocr: OcrExtractor, *items: tuple[np.ndarray, ...]) -> list[str]:
 
 
 def test_lines_are_read_in_order(ocr: OcrExtractor) -> None:
-    """Lines come from top to bottom, one per line, exactly as they were drawn."""
     (found,) = run(ocr, (picture("GRAND OPENING", "coffee 42"),))
     assert words(found) == "grandopening\ncoffee42"
 
 
 def test_items_keep_their_own_text_and_order(ocr: OcrExtractor) -> None:
-    """A batch gives each item its own text, "" where there is none, the same as alone."""
     blank = np.full((240, 480, 3), 200, np.uint8)
     items = ((picture("ALPHA"),), (), (blank,), (picture("BRAVO"), picture("CHARLIE")))
     together = run(ocr, *items)
@@ -91,7 +89,6 @@ def test_what_is_no_picture_is_refused(ocr: OcrExtractor) -> None:
 
 
 def test_an_unloaded_extractor_says_so() -> None:
-    """Running before load, or after close, is an error and no hang."""
     extractor = OcrExtractor(OcrSettings())
     with pytest.raises(FeatureError, match="not loaded"):
         extractor.forward([(picture("A"),)])

@@ -119,7 +119,6 @@ def test_a_silent_host_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None
 def test_release_files_are_downloaded_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A released file is downloaded once and kept; one with the wrong hash is refused."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
     content = b"weights"
     good = f"w-{hashlib.sha256(content).hexdigest()[:8]}.pth"
@@ -156,7 +155,6 @@ def test_settings_are_parsed(tmp_path: Path) -> None:
 
 
 def test_digests_tell_weights_apart(tmp_path: Path) -> None:
-    """The digest sees values, names, shapes and dtypes, not the order of the entries."""
     state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
     digest = tensors_digest(state)
     assert digest == tensors_digest(dict(reversed(state.items())))

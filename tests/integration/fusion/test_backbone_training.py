@@ -393,7 +393,6 @@ def test_mistakes_are_one_line_and_exit_2(
     data: dict[str, str],
     match: str,
 ) -> None:
-    """Missing files, files without pictures, labels that nobody knows."""
     (tmp_path / "other.json").write_text('{"0": "cat"}')
     places = {"VIDEOS": str(posts / "videos.json"), "OTHER": str(tmp_path / "other.json")}
     named = {key: places.get(value, value) for key, value in data.items()}

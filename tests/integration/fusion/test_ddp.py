@@ -91,7 +91,6 @@ def kill_the_first(log: Path) -> list[psutil.Process]:
 def test_a_process_that_dies_ends_the_others(
     few_posts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line says which and how to go on; nothing is left running."""
     config = runs.config_file(
         few_posts, trainer={"epochs": 100_000, "processes": 2, "log_interval": 1, "batch_size": 4}
     )

@@ -157,7 +157,6 @@ class Drifting(nn.Module):
 
 
 def test_a_file_that_differs_is_not_left_behind(tmp_path: Path) -> None:
-    """Above 1e-4 it is an error with the difference, and there is no file."""
     graph = replace(fusion_graph(bundle_of(tmp_path, "concat_mlp")), module=Drifting())
     with pytest.raises(ParityError, match=r"differs from the model by .*e-0\d"):
         export(graph, "torch", tmp_path / "out" / "model.pt2")

@@ -72,7 +72,6 @@ def test_the_collection_holds_what_the_daemon_writes(
 def test_a_post_that_stands_twice_in_a_batch(
     tmp_path: Path, mongo_url: str, unique_name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is written once, or listed as often as it stands where the collection holds none."""
     folder = rig.make(tmp_path, posts=3)
     entries: list[Any] = json.loads((folder / "posts.json").read_text())
     (folder / "posts.json").write_text(json.dumps([*entries, *entries[:2]]))
@@ -99,7 +98,6 @@ def test_a_post_that_stands_twice_in_a_batch(
 def test_a_database_that_is_away_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 1, no password; nothing is inferred."""
     folder = rig.make(tmp_path, posts=3)
     url = "mongodb://me:secret@127.0.0.1:1/db.tags"
     assert rig.infer(folder, "--output", url, "--set", "collection.timeout_s=0.5") == 1

@@ -143,7 +143,6 @@ def test_a_terminal_obeys_no_stored_text(
 
 @pytest.mark.usefixtures("quick_processes")
 def test_several_processes_give_the_same_file(folder: Path) -> None:
-    """``--processes 2`` over interleaved chunks: the order and the scores stay."""
     assert rig.infer(folder, "--output", str(folder / "one.jsonl")) == 0
     assert rig.infer(folder, "--output", str(folder / "two.jsonl"), "--processes", "2") == 0
     assert (folder / "one.jsonl").read_bytes() == (folder / "two.jsonl").read_bytes()
@@ -171,7 +170,6 @@ def test_gpus_give_the_same_scores(folder: Path) -> None:
 
 
 def test_best_model_is_a_folder_its_weights_or_a_pth(folder: Path) -> None:
-    """All three give the scores of that model, not of the config's."""
     rig.write_bundle(folder / "best", seed=5)
     state = load_bundle(folder / "best").model.state_dict()
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, folder / "best.pth")

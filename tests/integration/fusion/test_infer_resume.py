@@ -259,7 +259,6 @@ def test_metrics_leave_out_earlier_posts_without_scores(
 
 
 def test_two_runs_do_not_write_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second is reported; what the first has written stays."""
     output = folder / "t.jsonl"
     with (folder / "t.jsonl.part").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -284,6 +283,5 @@ class Dying:
 
 @pytest.mark.usefixtures("quick_processes")
 def test_a_process_that_dies_ends_the_run() -> None:
-    """With its reason, and no hang."""
     with pytest.raises(WorkerDied, match="a process that tags has died"):
         list(run_chunks(Dying, ["cpu", "cpu"], [[Record("a")]]))

@@ -74,7 +74,6 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_resumes_exactly(name: str, few_posts: Path) -> None:
-    """With every optimizer; the bundle is that of a run that was not interrupted."""
     finals = []
     for interrupted in (False, True):
         folder = few_posts / str(interrupted)
@@ -178,7 +177,6 @@ def test_weights_begin_a_new_run(few_posts: Path) -> None:
 
 
 def test_what_does_not_fit_is_one_line(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another architecture, other labels, no weights."""
     runs.run(few_posts, trainer={"epochs": 1})
     save_file({"x": torch.zeros(1)}, few_posts / "plain.safetensors")
     other = runs.config_file(few_posts, model={"name": "gmu"})

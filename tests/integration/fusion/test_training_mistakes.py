@@ -133,7 +133,6 @@ def test_nothing_is_listed_where_nothing_is_bad(few_posts: Path) -> None:
 
 
 def test_a_split_of_bad_posts_alone_is_an_error(few_posts: Path) -> None:
-    """There is nothing to train on; the line names the file and the first reason."""
     for path in (few_posts / "features").rglob("valid*.safetensors"):
         path.unlink()
     with pytest.raises(ConfigError, match=r"valid\.json: features of no post .* no such feature"):

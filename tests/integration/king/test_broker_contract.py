@@ -40,7 +40,6 @@ def rig(request: pytest.FixtureRequest, queue_name: str) -> Iterator[Rig]:
 
 
 def test_a_published_post_arrives_and_an_acked_one_is_gone(rig: Rig) -> None:
-    """The body is the JSON that was published; after the ack nobody gets it again."""
     broker = rig.broker()
     message = PostMessage("帖子 1", priority=3, force=True)
     broker.publish([message])
@@ -162,7 +161,6 @@ def test_after_a_lost_connection_messages_come_alone_until_a_new_one(rig: Rig) -
 
 
 def test_requeued_comes_back_marked(rig: Rig) -> None:
-    """A requeued message comes again, marked, and before those that waited behind it."""
     broker = rig.broker(prefetch=1)
     broker.publish([PostMessage("p1")])
     broker.publish([PostMessage("p2")])
@@ -222,7 +220,6 @@ def test_a_second_ack_does_nothing(rig: Rig) -> None:
 
 
 def test_two_consumers_share_a_queue(rig: Rig) -> None:
-    """Every message reaches exactly one of two brokers."""
     one = Consumer(rig.broker(prefetch=2), ack=True)
     two = Consumer(rig.broker(prefetch=2), ack=True)
     one.broker.publish(PostMessage(f"p{i}") for i in range(30))

@@ -135,7 +135,6 @@ def test_ours_pass_unchanged_and_bugs_too() -> None:
     ],
 )
 def test_unusable_urls(url: str, reason: str) -> None:
-    """A URL that cannot work is refused before anything is opened, without its password."""
     with pytest.raises(ConfigError, match=reason) as caught:
         open_broker(BrokerSettings(url=url)).connect()
     assert "secretpw" not in str(caught.value)
@@ -158,7 +157,6 @@ def _refusal(settings: BrokerSettings) -> str:
 
 @pytest.mark.rabbitmq
 def test_wrong_credentials_on_rabbitmq(rabbitmq: RabbitMQServer, queue_name: str) -> None:
-    """A wrong password, or a virtual host that is not there, is an error of the configuration."""
     base = f"127.0.0.1:{rabbitmq.port}"
     text = _refusal(settings_for(f"amqp://guest:wrong-pass@{base}//", queue_name))
     assert "user or password refused" in text
@@ -167,7 +165,6 @@ def test_wrong_credentials_on_rabbitmq(rabbitmq: RabbitMQServer, queue_name: str
 
 @pytest.mark.redis
 def test_wrong_credentials_on_redis(tmp_path: Path, queue_name: str) -> None:
-    """A wrong or missing password, or a database that is not there: ConfigError."""
     if RedisServer.binary() is None:
         pytest.skip("no redis-server")
     server = RedisServer(tmp_path, password="right-password")

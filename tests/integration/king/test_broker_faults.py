@@ -242,7 +242,6 @@ def test_long_work_is_not_redelivered(redis_server: RedisServer, queue_name: str
 
 
 def test_nobody_listens(site: Site) -> None:
-    """Nobody listens: unavailable, within the time-outs, naming the URL without its password."""
     site.proxy.close()
     broker = open_broker(site.proxied)
     with pytest.raises(BrokerUnavailable, match=str(site.proxy.port)) as caught:

@@ -75,7 +75,6 @@ def received(settings: BrokerSettings, count: int) -> list[bytes]:
 
 @pytest.mark.rabbitmq
 def test_pika_bare_text(on_rabbitmq: BrokerSettings) -> None:
-    """A pika basic_publish of bare text, with no properties at all, arrives as that text."""
     with pika.BlockingConnection(pika.URLParameters(on_rabbitmq.url.removesuffix("/"))) as client:
         channel = client.channel()
         channel.confirm_delivery()

@@ -170,7 +170,6 @@ def test_random_failures_end_tagged_or_dead(site: Site) -> None:
 
 @pytest.mark.parametrize("site", BROKERS[:1], indirect=True)
 def test_database_killed_in_the_middle(site: Site, mongo_server: MongoServer) -> None:
-    """SIGKILL of the database and its return: nothing is lost, nothing left over."""
     site.add(40)
     pool = fake_pool(site.folder, latency_s=0.02)
     with Running(site.settings, pool) as it:
@@ -191,7 +190,6 @@ def test_database_killed_in_the_middle(site: Site, mongo_server: MongoServer) ->
 
 @pytest.mark.parametrize("site", BROKERS[1:], indirect=True)  # the quick one to restart
 def test_broker_restarted_in_the_middle(site: Site, redis_server: RedisServer) -> None:
-    """The broker goes and comes back with its queue: every post is tagged, no message is left."""
     site.add(40)
     with Running(site.settings, fake_pool(site.folder, latency_s=0.02)) as it:
         it.until(lambda: it.king.status.counter("tagged") >= 5)

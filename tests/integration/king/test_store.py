@@ -147,7 +147,6 @@ def test_unknown_post_that_appears_later_is_tagged(rig: StoreRig) -> None:
 
 
 def test_same_bundle_tags_once_unless_forced(rig: StoreRig) -> None:
-    """A message for a post that this bundle has tagged is settled, and forced it runs."""
     rig.insert({"_id": "p1"})
     rig.store.finish([tagged(started(rig.store, "p1"))], context())
     assert begin_one(rig.store, "p1") == Settled("p1", "tagged")
@@ -191,7 +190,6 @@ def test_partial_tags_are_tried_again_after_a_pause_a_bounded_number_of_times(
 
 
 def test_older_bundle_never_overwrites_a_newer_one(rig: StoreRig) -> None:
-    """The fence is the bundle's version, for tags and for failures; the loser says so."""
     rig.insert({"_id": "p1"}, {"_id": "p2"}, {"_id": "p3"}, {"_id": "p4"})
     old, new = "20250101T000000Z-00", "20270101T000000Z-ff"
     for post_id, first, second in (("p1", new, old), ("p2", old, new)):
@@ -268,7 +266,6 @@ def test_claimed_but_never_published_is_due_again(rig: StoreRig) -> None:
 
 
 def test_attempts_are_used_up(rig: StoreRig) -> None:
-    """After the last attempt the post is a dead letter with its last reason and says so."""
     rig.insert({"_id": "p1"})
     for attempt in (1, 2, 3):
         begun = started(rig.store, "p1", context(NOW + attempt * 10))
@@ -285,7 +282,6 @@ def test_attempts_are_used_up(rig: StoreRig) -> None:
 
 
 def test_a_crash_counts_as_an_attempt(rig: StoreRig) -> None:
-    """A King that dies with a post leaves a running job; whoever takes it over counts on."""
     rig.insert({"_id": "p1"})
     started(rig.store, "p1", context(owner="dead"))
     assert begin_one(rig.store, "p1", context(NOW + 5)) == HeldElsewhere("p1", NOW + 60)
@@ -362,7 +358,6 @@ def test_unreadable_message_is_one_dead_letter(rig: StoreRig) -> None:
 
 
 def test_two_kings_that_claim_at_once_share_out(rig: StoreRig) -> None:
-    """Of several claims for one post exactly one begins, whatever state its job is in."""
     rig.insert({"_id": "p1"})
     rig.set_job(Job("p1", "queued", attempts=1, due_at=NOW + 900))
     verdicts = [begin_one(rig.store, "p1", context(owner=f"k{i}")) for i in range(3)]

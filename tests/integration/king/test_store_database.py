@@ -61,7 +61,6 @@ def test_platform_paths_and_result_path_are_settings(mongo_url: str, unique_name
 
 
 def test_commands_see_posts_letters_and_counts(mongo: Store) -> None:
-    """The queries of `publish --untagged`, `status`, `show` and `dead`."""
     mongo.client.posts.insert_many([{"_id": f"p{i}", "text": "t"} for i in range(4)] + [{"_id": 5}])
     mongo.finish([tagged(started(mongo, "p0"))], context())
     failure = Failure("decode", "MediaError", "no picture")
@@ -102,7 +101,6 @@ def test_commands_see_posts_letters_and_counts(mongo: Store) -> None:
 
 
 def test_unreachable_database_is_named_without_its_password() -> None:
-    """The error names the URL, hides the password, and comes within the time-out."""
     url = "mongodb://reader:secret@127.0.0.1:9/"
     store = Store(StoreClient(StoreSettings(url=url, timeout_s=0.3)))
     for call in (store.connect, store.open_jobs, lambda: begin_one(store, "p1")):

@@ -198,7 +198,6 @@ def test_job_that_is_refused_whatever_it_says_is_unrecorded(
 
 
 def test_one_result_that_cannot_be_written_does_not_hold_up_the_others(mongo: Store) -> None:
-    """A result that no document can hold kills its own post only."""
     mongo.client.posts.insert_many([{"_id": f"p{i}"} for i in range(3)])
     begun = [started(mongo, f"p{i}") for i in range(3)]
     outcomes = [tagged(begun[0]), tagged(begun[1], BUNDLE[1], "half \ud800"), tagged(begun[2])]

@@ -181,7 +181,6 @@ def test_publish_untagged_leaves_out_results_and_jobs(
 def test_mistakes_are_one_line_and_exit_2(
     folder: Path, capsys: pytest.CaptureFixture[str], words: Sequence[str], named: str
 ) -> None:
-    """Each mistake: exit code 2, nothing on standard output, one line that names it."""
     code, out, err = Command(folder, capsys)(*words)
     assert (code, out) == (2, "")
     assert err.startswith("insighttag: ")
@@ -255,7 +254,6 @@ def test_results_and_jobs_of_any_shape_are_shown(
 def test_show_tells_tags_modalities_and_reasons(
     command: Command, database: pymongo.database.Database[dict[str, Any]]
 ) -> None:
-    """A tagged post with a key that `show` has no place for, a dead message and an unknown ID."""
     failure = {"stage": "fetch", "type": "FetchRefused", "message": "HTTP 404"}
     result = {
         "model": "demo",
@@ -312,7 +310,6 @@ def test_show_tells_tags_modalities_and_reasons(
 def test_dead_letters_are_listed_shown_replayed_and_dropped(
     command: Command, database: pymongo.database.Database[dict[str, Any]]
 ) -> None:
-    """Filters choose, replay publishes with fresh attempts, drop deletes; never more than meant."""
     database["jobs"].insert_many(
         [
             dead("a", "fetch", "FetchRefused"),
@@ -417,7 +414,6 @@ def test_status_shows_the_king(command: Command) -> None:
 
 
 def test_services_start_status_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The three verbs on a folder of their own; status starts nothing."""
     command = Command(tmp_path, capsys)
     try:
         assert [s["state"] for s in command.json("services", "status")] == ["stopped"] * 2

@@ -50,7 +50,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_backbones_are_written(
     name: str, form: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 0, the largest difference printed and small, facts beside the file."""
     out = tmp_path / f"model.{form}"
     given = ["--backbone", name, "--format", form, "--out", str(out), "--config", str(config)]
     assert run(["export", *given]) == 0
@@ -139,7 +138,6 @@ def test_a_bundle_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_mistakes_are_one_line(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 2 for the user's, 1 for a file that differs."""
     out = ["--format", "state_dict", "--out", str(tmp_path / "x.pth"), "--config", str(config)]
     assert run(["export", "--bundle", str(tmp_path / "none"), *out]) == 2
     assert "--bundle" in capsys.readouterr().err

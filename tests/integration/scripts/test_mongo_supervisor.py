@@ -147,7 +147,6 @@ def test_servers_that_are_down_are_critical(
     redis_server: RedisServer,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Named each, within the time-outs, without a traceback."""
     mongo_server.kill()
     redis_server.pause()
     began = time.monotonic()

@@ -83,7 +83,6 @@ def test_a_trial_that_diverges_ends_alone(
 def test_mistakes_are_one_line(
     more: tuple[str, ...], message: str, few_posts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What cannot be searched is said before anything is trained."""
     assert run(asked(few_posts, 1, *more)) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -60,7 +60,6 @@ def bodies(settings: Settings) -> list[PostMessage]:
 
 
 def test_a_post_is_published(posts: Desk, settings: Settings, database: Any) -> None:
-    """202 when the broker has it; priority and force go along; IDs may hold slashes and letters."""
     client = posts.client
     database["posts"].insert_one({"_id": "p2"})
     unknown = client.post("/v1/posts/p1")

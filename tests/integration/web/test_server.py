@@ -364,7 +364,6 @@ def test_a_killed_server_leaves_no_worker(site: Site) -> None:
 def test_mistakes_are_one_line(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 2, naming the key, file or address."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

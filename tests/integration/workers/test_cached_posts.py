@@ -146,7 +146,6 @@ def same(one: Features, other: Features) -> None:
 
 @pytest.mark.parametrize("mode", ["separate", "append"])
 def test_second_time_needs_nothing(world: World, mode: str) -> None:
-    """The same features without, into and out of the cache; then nothing is fetched or run."""
     settings = world.settings()
     features = settings.features.model_copy(update={"ocr_mode": mode})
     settings = settings.model_copy(update={"features": features})
@@ -187,7 +186,6 @@ def test_other_weights_of_one_extractor(world: World) -> None:
 
 
 def test_same_file_under_another_url(world: World) -> None:
-    """It is downloaded, since nobody knows what it is, and not extracted again."""
     names = ("sign.png", "v.mp4")
     first = world.features(world.post(*names), world.settings())
     second = world.features(world.post(*names, query="?signature=2"), world.settings())
@@ -225,7 +223,6 @@ def test_url_that_is_not_trusted(world: World, tmp_path: Path) -> None:
 
 
 def test_broken_file_is_not_decoded_again(world: World, tmp_path: Path) -> None:
-    """A file that cannot be decoded is known as such, until a limit that may matter changes."""
     post = world.post("broken.mp4", "sign.png")
     first = world.features(post, world.settings())
     assert first.failures["video"].type == "MediaError"

@@ -56,7 +56,6 @@ class OutOfMemoryError(RuntimeError):
 
 
 def test_out_of_memory_halves_until_it_fits() -> None:
-    """A batch that does not fit is run in halves, in order; a member that never fits fails."""
     sizes: list[int] = []
 
     def run(items: Sequence[int]) -> list[Extracted]:
@@ -76,8 +75,6 @@ def test_out_of_memory_halves_until_it_fits() -> None:
 
 
 def test_members_run_alone_when_a_batch_raises() -> None:
-    """Only the culprit fails, with its own reason; a wrong number of results is an error too."""
-
     def run(items: Sequence[int]) -> list[Extracted]:
         if 3 in items:
             raise FeatureError("three is wrong")
@@ -173,7 +170,6 @@ def context_of(channel: Channel[Command], arena: Arena | None = None, **sections
 
 
 def test_loop_answers_in_order_and_stops(ends: Ends) -> None:
-    """Ready, then Began and the answers of each batch; what is too late is not begun."""
     king, worker = ends
     for i, text in enumerate(["a", "b"]):
         king.send(Envelope(i, text_task(text), time.monotonic() + 60))

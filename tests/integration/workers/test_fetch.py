@@ -133,7 +133,6 @@ def test_what_may_pass(web: Web, tmp_path: Path, path: str, reason: str) -> None
 
 
 def test_second_try_helps(web: Web, tmp_path: Path) -> None:
-    """A server that stumbles once costs nothing."""
     assert get(web.url("/flaky"), tmp_path) == BODY
 
 
@@ -183,12 +182,10 @@ def test_whole_time_is_bounded(web: Web, tmp_path: Path, path: str) -> None:
 
 
 def test_nothing_listens(tmp_path: Path) -> None:
-    """A refused connection may pass; the reason is the system's, without the URL."""
     assert retryable(f"http://127.0.0.1:{free_port()}/a", tmp_path) == "Connection refused"
 
 
 def test_name_that_does_not_exist(tmp_path: Path) -> None:
-    """An unknown host may come back."""
     reason = retryable("http://no-such-host.invalid/a", tmp_path, allow_private_hosts=False)
     assert reason == "the host name cannot be resolved"
 

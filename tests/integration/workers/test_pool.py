@@ -29,13 +29,11 @@ def test_every_stage_answers(driver: Driver) -> None:
 
 
 def test_decoded_to_nothing_holds_no_slot(driver: Driver) -> None:
-    """A result without arrays gives its slot back by itself, and keeps its failures."""
     assert driver.decode("empty").failures["audio"].message == "broken"
     assert driver.free_slots == 4
 
 
 def test_tasks_are_batched_across_posts(driver: Driver, tmp_path: Path) -> None:
-    """Tasks that arrive while a worker is busy run as one batch."""
     with driver.held(text_task, tmp_path / "hold"):
         asked = [driver.submit(text_task("batch")) for _ in range(6)]
         driver.told += driver.pool.poll(0.1)  # sends them
@@ -80,7 +78,6 @@ def test_a_new_bundle_is_told(driver: Driver) -> None:
 
 
 def test_big_messages_pass(driver: Driver) -> None:
-    """A message far beyond a socket's buffer arrives whole, both ways."""
     assert len(driver.say("big:5000000")) == 5_000_000
     assert driver.say("echo:" + "y" * 3_000_000).endswith("y")
 
@@ -103,7 +100,6 @@ def test_poll_returns_in_time(driver: Driver, tmp_path: Path) -> None:
 
 
 def test_cancelled_tasks_tell_nothing_and_hold_nothing(driver: Driver) -> None:
-    """Queued or running, a cancelled task has no event; its slot and its file are freed."""
     running = [driver.submit(decode_task("sleep:0.3")), driver.submit(fetch_task("sleep:0.3"))]
     queued = driver.submit(decode_task())
     driver.told += driver.pool.poll(0.1)
@@ -114,7 +110,6 @@ def test_cancelled_tasks_tell_nothing_and_hold_nothing(driver: Driver) -> None:
 
 
 def test_release_waits_for_the_readers(driver: Driver, tmp_path: Path) -> None:
-    """A released slot is not written again before the task that reads it has ended."""
     ref = driver.decode().parts[0].ref
     with driver.held(text_task, tmp_path / "hold") as blocker:
         reader = driver.submit(ExtractTask("video", "video", (ref,)))

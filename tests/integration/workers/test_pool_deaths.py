@@ -15,7 +15,6 @@ from workers.protocol import Decoded, Done, ExtractTask
 
 
 def test_killed_worker_costs_its_task_one_attempt(driver: Driver, tmp_path: Path) -> None:
-    """Kill -9 in the middle of a task: it fails as retryable, and the worker comes back."""
     before = driver.pid("decode-0")
     with driver.held(decode_task, tmp_path / "hold") as task:
         assert any(w.held for w in driver.pool.workers)
@@ -29,7 +28,6 @@ def test_killed_worker_costs_its_task_one_attempt(driver: Driver, tmp_path: Path
 
 
 def test_crash_on_a_batch_charges_only_the_culprit(driver: Driver) -> None:
-    """A batch that kills its worker runs one by one again: one is charged, the others answer."""
     blocker = driver.submit(text_task("sleep:0.5"))
     driver.told += driver.pool.poll(0.2)
     before = [driver.submit(text_task(f"good-{i}")) for i in range(3)]
@@ -42,7 +40,6 @@ def test_crash_on_a_batch_charges_only_the_culprit(driver: Driver) -> None:
 
 
 def test_lost_device_replaces_the_process(driver: Driver) -> None:
-    """A device-side assert ends the process: its task is charged, a fresh one serves on."""
     before = driver.say("pid")
     failed = driver.failed(driver.submit(text_task("device-lost")))
     assert failed.failure.message == "worker extract-0 died (status 3)"
@@ -61,7 +58,6 @@ def test_stopped_worker_is_killed_at_the_deadline(driver: Driver) -> None:
 
 
 def test_worker_that_reads_nothing_blocks_nobody(driver: Driver) -> None:
-    """Sending megabytes to a stopped worker does not block; others go on; it is replaced."""
     before = driver.pid("extract-0")
     os.kill(before, signal.SIGSTOP)
     stuck = driver.submit(text_task("x" * 20_000_000), seconds=6)
@@ -75,7 +71,6 @@ def test_worker_that_reads_nothing_blocks_nobody(driver: Driver) -> None:
 
 
 def test_task_waits_no_longer_than_its_deadline(driver: Driver, tmp_path: Path) -> None:
-    """A queued task fails at its deadline, and its worker is left alone."""
     before = driver.pid("extract-0")
     with driver.held(text_task, tmp_path / "hold") as blocker:
         failed = driver.failed(driver.submit(text_task("x"), seconds=0.2))
@@ -96,7 +91,6 @@ def test_task_waits_no_longer_than_its_deadline(driver: Driver, tmp_path: Path) 
     ],
 )
 def test_lying_worker_is_replaced(driver: Driver, task: ExtractTask, name: str) -> None:
-    """A result that cannot be true is not passed on: the King would delete or read for it."""
     before = driver.pid(name)
     assert driver.failed(driver.submit(task)).failure.type == "WorkerDied"
     driver.ready()
@@ -129,7 +123,6 @@ def test_workers_ignore_the_signals_of_the_group(driver: Driver) -> None:
 
 
 def test_storm_of_kills_loses_nothing(driver: Driver) -> None:
-    """Under random kills every task still ends in exactly one event, and no slot is lost."""
     tasks = []
     for i in range(60):
         tasks.append(driver.submit(decode_task(f"sleep:0.0{i % 3}")))

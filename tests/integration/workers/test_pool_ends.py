@@ -33,7 +33,6 @@ def test_refused_start(tmp_path: Path) -> None:
 
 
 def test_start_that_fails_again_and_again(tmp_path: Path) -> None:
-    """A worker that dies while loading is tried three times, with back-off, then given up."""
     driver = Driver(toy_settings(tmp_path, features={"text": {"arch": "decode-dies"}}))
     driver.pool.start()
     driver.until(lambda: driver.told)
@@ -73,7 +72,6 @@ def test_start_that_hangs(tmp_path: Path) -> None:
 
 
 def test_wrong_bundle_is_refused(tmp_path: Path) -> None:
-    """A bundle made for other features refuses the pool, naming the modality and both sides."""
     settings = toy_settings(
         tmp_path, features={"text": {"arch": 'bundle-wants:{"video": "fp-of-others"}'}}
     )
@@ -115,7 +113,6 @@ def test_stop_lets_the_begun_finish_and_kills_the_rest(tmp_path: Path) -> None:
 
 
 def test_constructing_starts_nothing(tmp_path: Path) -> None:
-    """Until `start` there is no process, no file and no memory file; stopping is fine."""
     before = memory_files()
     pool: TaskPool = ProcessPool(toy_settings(tmp_path / "spool"))
     assert not (tmp_path / "spool").exists()

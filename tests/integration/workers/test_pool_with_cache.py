@@ -80,7 +80,6 @@ def replaced(driver: Driver, pid: int) -> bool:
 
 
 def test_cache_worker_dies(driver: Driver, world: World) -> None:
-    """Killed, or stopped: posts go on without it, and with it when it is back."""
     post = world.post("sign.png")
     [first] = through(driver, post, cache=True)
     settled(world, 4)

@@ -237,7 +237,6 @@ def test_broken_media_fail_alone(driver: Driver, runner: PostRunner, site: Site)
 
 
 def test_posts_do_not_disturb_each_other(driver: Driver, site: Site) -> None:
-    """More media than slots, from many posts at once: each post gets its own features."""
     first = Post("a", "cat", site.media("a.png", "v.mp4"))
     second = Post("b", "dog", site.media("b.jpg", "s.wav", "b.jpg"))
     alone = through(driver, first) + through(driver, second)
@@ -248,7 +247,6 @@ def test_posts_do_not_disturb_each_other(driver: Driver, site: Site) -> None:
 
 
 def test_wrong_features_fail_their_post_only(driver: Driver, site: Site) -> None:
-    """A post whose features have another shape fails in fusion; the batch's others are tagged."""
     good = Features("good", {"text": np.ones((2, 64), np.float16)}, {"text": "ok"})
     bad = Features("bad", {"text": np.ones((2, 7), np.float16)}, {"text": "ok"})
     tasks = [driver.submit(FuseTask(each)) for each in (good, bad, good)]
@@ -259,7 +257,6 @@ def test_wrong_features_fail_their_post_only(driver: Driver, site: Site) -> None
 
 
 def test_decoder_that_needs_too_much_memory(site: Site, tmp_path: Path) -> None:
-    """A file beyond `decode.memory_mb` fails with that reason or as broken; decoding goes on."""
     side = 9_000
     path = tmp_path / "big.png"
     Image.new("RGB", (side, side)).save(path, compress_level=1)  # 243 MB of pixels, a small file
@@ -287,7 +284,6 @@ def test_more_than_a_slot_holds(site: Site) -> None:
 
 
 def test_hot_swap(driver: Driver, site: Site) -> None:
-    """A new bundle is served without a restart; a wrong or broken one is not, and harms nothing."""
     before = driver.pool.bundle
     assert before is not None
     pid = driver.pid("fuse-0")
@@ -318,7 +314,6 @@ def restart(driver: Driver) -> None:
 def test_the_last_good_bundle_is_served_where_it_is_broken(
     driver: Driver, site: Site, damage: str
 ) -> None:
-    """A fusion worker that restarts beside a half-copied bundle serves the one before."""
     version = write_bundle(site.bundle, site.suite, seed=4, members=2)
     before = ("small", version)
     driver.until(lambda: driver.pool.bundle == before)
@@ -390,7 +385,6 @@ def test_thresholds_by_hand_are_taken_up(driver: Driver, site: Site) -> None:
 
 
 def test_local_needs_the_right_bundle(site: Site, tmp_path: Path) -> None:
-    """A bundle for other features, or trained with the other switch, is refused by name."""
     folder = tmp_path / "bundle"
     write_bundle(folder, site.suite, fingerprints={**site.suite.fingerprints, "image": "of others"})
     fusion = site.settings.fusion.model_copy(update={"bundle": folder})

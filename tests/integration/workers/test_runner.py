@@ -253,7 +253,6 @@ def never(task: Task) -> Answer:
 
 
 def test_a_deadline_ends_a_post(made: Made) -> None:
-    """A post that hangs is given up in time, and its slots and files are free."""
     runner, _ = made(never)
     began = time.monotonic()
     future = runner.submit(Post("p", "words", (Media("image", URL),)), deadline_s=0.2)
@@ -286,7 +285,6 @@ def test_intake_is_bounded(made: Made) -> None:
 
 
 def test_closing_tells_who_waits(made: Made) -> None:
-    """Posts in flight fail, a submitter that waits for room is let go, later ones are refused."""
     runner, _ = made(never, limit=1)
     future = runner.submit(Post("a", "words"))
     errors: list[Exception] = []

@@ -223,7 +223,6 @@ def test_public_hosts_are_reached(net: Net, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_address_that_is_not_public_is_refused(net: Net, tmp_path: Path, form: str) -> None:
-    """Refused for good, with the way out named, and not one connection was made."""
     reason = refused(FORMS[form], tmp_path)
     assert reason.endswith("is private: set fetch.allow_private_hosts to allow it")
     assert net.dialled == []
@@ -291,7 +290,6 @@ def test_redirect_to_another_scheme(net: Net, tmp_path: Path, target: str) -> No
 
 
 def test_chain_of_redirects_that_ends_at_home(net: Net, tmp_path: Path) -> None:
-    """Every link of a chain is checked, not the first one only."""
     target = "http://127.0.0.1/"
     for host in ("public.example", "public6.example", "public.example"):
         target = f"http://{host}/307/{quote(target, safe='')}"

@@ -101,7 +101,6 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
 
 
 def test_what_is_put_is_there_for_everybody(open_one: Open) -> None:
-    """A value comes back byte for byte, in the store that put it and in another of its place."""
     store, other = open_one(), open_one()
     values = {key(f"k{i}"): os.urandom(size) for i, size in enumerate((0, 1, 1000, 300_000))}
     assert store.get_many(list(values)) == {}
@@ -113,7 +112,6 @@ def test_what_is_put_is_there_for_everybody(open_one: Open) -> None:
 
 
 def test_deleted_is_gone(open_one: Open) -> None:
-    """Deleting forgets; deleting what is not there is no mistake, and nothing asked is nothing."""
     store = open_one()
     store.put(key("a"), b"1")
     store.put(key("b"), b"2")
@@ -139,7 +137,6 @@ def test_counts_and_prunes(open_one: Open) -> None:
 
 @pytest.mark.parametrize("open_one", ["folder"], indirect=True)
 def test_puts_keep_to_the_limit(open_one: Open) -> None:
-    """A folder stays below `max_mb`, and the latest entry is there."""
     store = open_one(max_mb=1)
     for i in range(400):
         store.put(key(str(i)), bytes(10_000))
@@ -152,7 +149,6 @@ def test_puts_keep_to_the_limit(open_one: Open) -> None:
 
 @pytest.mark.parametrize("open_one", ["folder", "redis", "memory"], indirect=True)
 def test_many_at_once(open_one: Open) -> None:
-    """Threads that put, read and evict at once meet whole values or none."""
     stores = [open_one(max_mb=1) for _ in range(4)]
     wrong: list[str] = []
 
@@ -175,7 +171,6 @@ def test_many_at_once(open_one: Open) -> None:
 
 @pytest.mark.parametrize("open_one", ["folder", "redis"], indirect=True)
 def test_least_used_are_pruned_first(open_one: Open, tmp_path: Path) -> None:
-    """An entry that was used again outlives a younger one that was not."""
     store = open_one()
     store.put(key("used"), bytes(1000))
     for path in (tmp_path / "a cache").rglob(key("used")[2:]):
@@ -189,7 +184,6 @@ def test_least_used_are_pruned_first(open_one: Open, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("open_one", ["folder"], indirect=True)
 def test_what_is_used_stays(open_one: Open, tmp_path: Path) -> None:
-    """An old entry that is asked for now and then outlives younger ones that nobody wants."""
     store = open_one(max_mb=1)
     store.put(key("kept"), bytes(10_000))
     for i in range(300):
@@ -200,7 +194,6 @@ def test_what_is_used_stays(open_one: Open, tmp_path: Path) -> None:
 
 
 def test_killed_writer_leaves_nothing_for_long(tmp_path: Path) -> None:
-    """Half a file of a killed writer is never read, not counted, and removed after an hour."""
     store = FolderStore(tmp_path, 1 << 20)
     store.put(key("a"), b"whole")
     folder = tmp_path / key("a")[:2]
@@ -249,7 +242,6 @@ def test_half_a_write_is_no_entry(tmp_path: Path) -> None:
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    """A folder that is a file, or on a full disk, is unavailable, in one line."""
     place = tmp_path / "file"
     place.write_text("x")
     store = FolderStore(place, 1 << 20)

@@ -50,7 +50,6 @@ def test_a_mistake_is_one_line(
     words: list[str],
     told: str,
 ) -> None:
-    """The program, the option and what it must be; no usage before it."""
     assert main(words) == 2
     said = capsys.readouterr().err
     assert told in said
@@ -130,8 +129,6 @@ def test_help_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
 def test_exit_codes(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
 ) -> None:
-    """2 for the user's mistakes, 1 for anything else, each in one line."""
-
     def fail() -> None:
         raise error
 

@@ -50,7 +50,6 @@ def test_reconnections_are_quick_but_not_at_once() -> None:
 def test_failures_that_cost_an_attempt(
     stage: str, type_: str, retryable: bool, costs: bool
 ) -> None:
-    """Retryable failures do, but for the cache's; a broken or missing file does not."""
     failure = Failure(stage, type_, "x", retryable=retryable)
     assert RetryPolicy.costs_attempt(stage, failure) is costs
 

@@ -47,7 +47,6 @@ def label_file(folder: Path, content: object) -> Path:
 
 
 def test_label_map_round_trip(tmp_path: Path) -> None:
-    """Names are in the order of their indices, whatever the order in the file."""
     labels = LabelMap.load(label_file(tmp_path, {"1": "狗", "0": "cat", "10": "k"} | _rest()))
     assert labels.names[:2] == ("cat", "狗")
     assert labels.names[10] == "k"
@@ -78,7 +77,6 @@ def _rest() -> dict[str, str]:
     ],
 )
 def test_wrong_label_maps_are_refused(tmp_path: Path, content: object, told: str) -> None:
-    """Each mistake is reported with the file's name."""
     file = label_file(tmp_path, content)
     with pytest.raises(ConfigError) as caught:
         LabelMap.load(file)

@@ -86,7 +86,6 @@ def test_defaults_alone_are_valid(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_in_the_file_name_file_and_key(tmp_path: Path, text: str, told: str) -> None:
-    """One line: the file, the key's path, the mistake, and a hint; never a password."""
     file = yaml(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_settings(file)
@@ -115,7 +114,6 @@ def test_more_than_one_mistake_is_counted(tmp_path: Path) -> None:
 def test_mistakes_in_the_environment_are_blamed_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
 ) -> None:
-    """A wrong variable is reported as the environment's mistake, not the file's."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
         load_settings(yaml(tmp_path, ""))
@@ -156,7 +154,6 @@ def test_mistakes_in_set_are_blamed_on_it(tmp_path: Path, override: str, told: s
 
 
 def test_overrides_are_read_as_yaml() -> None:
-    """Numbers, booleans, lists and texts with ``=`` in them all arrive as they are meant."""
     parsed = parse_overrides(
         ["a.b=1", "a.c=true", "a.d=[x, y]", "a.e=k=v", "f=", "a.u=redis://u:p@h:1/0"]
     )
@@ -185,7 +182,6 @@ def test_merge_is_deep_and_leaves_its_layers_alone() -> None:
 
 
 def test_settings_survive_json() -> None:
-    """Workers get their settings as JSON: nothing is lost on the way."""
     settings = load_settings(Path("/dev/null"), ["workers.extractors=[{device: 'cuda:1'}]"])
     assert Settings.model_validate_json(settings.model_dump_json()) == settings
 
@@ -214,7 +210,6 @@ def test_a_file_that_cannot_be_read_now_is_no_mistake(tmp_path: Path) -> None:
 
 
 def test_the_shipped_configurations_are_valid() -> None:
-    """Every YAML file of config/ loads, and the daemon serves the bundle that training writes."""
     folder = Path(__file__).resolve().parents[3] / "config"
     settings = load_settings(folder / "infer_config_e2e.yaml")
     models: dict[str, type[Any]] = {

@@ -55,7 +55,6 @@ def pairs(groups: list[Group], kind: str) -> set[frozenset[str]]:
 
 
 def test_planted_duplicates_are_found_and_nothing_else(corpus: Corpus) -> None:
-    """Pictures encoded anew, scaled or of another type, copies of files, edited texts."""
     groups = groups_of(corpus)
     exact, near, texts = (pairs(groups, k) for k in ("exact_media", "near_image", "near_text"))
     assert exact == {frozenset(pair) for pair in corpus.exact}

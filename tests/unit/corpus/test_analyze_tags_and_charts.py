@@ -27,7 +27,6 @@ def test_names_that_differ_in_case_space_or_width_are_found() -> None:
 
 
 def test_tags_that_always_occur_together_are_found() -> None:
-    """Two that never part, and one that never stands without a more frequent one."""
     posts = [["a", "b", "x"]] * 12 + [["x"], ["y", "x"], ["y"]]
     facts = labels_of(*posts).as_dict(1, None)
     assert facts["always_together"] == [{"tags": ["a", "b"], "posts": 12}]
@@ -36,7 +35,6 @@ def test_tags_that_always_occur_together_are_found() -> None:
 
 
 def test_rare_unknown_and_absent_tags_are_told() -> None:
-    """Tags below the limit; against a map, those that never occur and those beside it."""
     facts = labels_of(["a"], ["a"], ["b"]).as_dict(2, ["a", "c"])
     assert facts["rare"] == {"b": 1}
     assert facts["map"] == {"tags": 2, "never": ["c"], "unknown": {"b": 1}}

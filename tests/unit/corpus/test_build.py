@@ -55,7 +55,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_what_cannot_be_learned_from_is_named_with_its_reason(tmp_path: Path) -> None:
-    """Each planted fault is in left_out.jsonl, and every other post is in a data file."""
     good = [_post(i) for i in range(60)]
     faults: list[Any] = [
         '{"post_id": "broken',
@@ -304,7 +303,6 @@ def test_a_split_by_time_holds_every_later_post(tmp_path: Path) -> None:
 def test_mistakes_end_with_2_and_one_line(
     tmp_path: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The line names what is wrong; nothing is written."""
     _corpus(tmp_path, [*(_post(i) for i in range(20)), _post(20, labels=["nowhere", "tag1"])])
     assert _build(tmp_path, *more) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]

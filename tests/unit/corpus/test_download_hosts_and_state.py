@@ -68,7 +68,6 @@ def test_waits_end_in_time() -> None:
 
 
 def test_host_that_is_never_reached_is_given_up() -> None:
-    """After so many in a row; one answer in between, and the count starts over."""
     hosts = Hosts(per_host=1)
     for item in items("a", 5):
         hosts.add(item, 0.0)
@@ -139,7 +138,6 @@ def test_files_are_what_their_bytes_say(
 
 
 def test_what_a_kill_left_is_taken_or_deleted(tmp_path: Path) -> None:
-    """A finished download is recognised by its name; half ones and spoilt ones go."""
     folder = incoming_folder(tmp_path)
     folder.mkdir(parents=True)
     (folder / "whole").write_bytes(png(1))

@@ -35,7 +35,6 @@ FULL = {
 
 
 def test_line_is_read_and_written_alike(tmp_path: Path) -> None:
-    """Posts are written as the bytes that were read, keys in their order, and read alike again."""
     line = json.dumps(FULL, ensure_ascii=False)
     file = tmp_path / "p.jsonl"
     file.write_text(line + "\n", encoding="utf-8")
@@ -71,7 +70,6 @@ def test_line_is_read_and_written_alike(tmp_path: Path) -> None:
 def test_bad_line_is_named_and_passed_over(
     tmp_path: Path, line: bytes, reason: str, post_id: str | None
 ) -> None:
-    """A broken line costs only itself; its number, its reason and its post are reported."""
     file = tmp_path / "p.jsonl"
     file.write_bytes(
         b"\xef\xbb\xbf" + b'{"post_id": "first"}\n\n' + line + b'\n{"post_id": "last"}'
@@ -87,7 +85,6 @@ def test_bad_line_is_named_and_passed_over(
 
 
 def test_endless_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line longer than any post is passed over in pieces."""
     monkeypatch.setattr(data_file, "MAX_ENTRY_BYTES", 100)
     file = tmp_path / "p.jsonl"
     file.write_bytes(b'{"post_id": "' + b"x" * 5_000_000 + b'"}\n{"post_id": "b"}\n')
@@ -120,7 +117,6 @@ def test_data_file_is_read_by_the_same_reader(tmp_path: Path) -> None:
 def test_file_that_cannot_be_read_is_named(
     tmp_path: Path, name: str, content: str | None, said: str
 ) -> None:
-    """A missing file, and one that holds no list, are the user's mistake."""
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=said):
@@ -142,7 +138,6 @@ def test_file_that_cannot_be_read_is_named(
 def test_file_without_a_readable_post_is_told(
     tmp_path: Path, name: str, content: str, limit: int | None, said: str
 ) -> None:
-    """Its name, and why there is nothing to do."""
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
@@ -176,7 +171,6 @@ def test_local_sources_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_lines_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    """The name is there only after the end; an error leaves the old file and nothing else."""
     path = tmp_path / "new" / "x.jsonl"
     with AtomicLines(path) as lines:
         lines.write("猫")
@@ -230,7 +224,6 @@ def test_summary_counts_by_reason(
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
-    """A second one is refused by name while the first holds the lock."""
     with only_one(tmp_path / "d" / "lock", "the folder"):
         with (
             pytest.raises(ConfigError, match="the folder is being written by another run"),
@@ -273,7 +266,6 @@ def test_second_signal_ends_what_has_processes_of_its_own() -> None:
 @pytest.mark.parametrize("form", ["json", "jsonl"])
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_data_file_is_a_list_or_lines(tmp_path: Path, form: Form, number: int) -> None:
-    """An entry a line either way; a list is JSON however many there are."""
     entries = [{"post_id": f"猫{i}"} for i in range(number)]
     path = tmp_path / f"f.{form}"
     with AtomicLines(path) as lines:

@@ -62,7 +62,6 @@ def _labels(path: Path) -> list[list[str]]:
 def test_each_change_renumbers_without_gaps(
     arguments: tuple[Any, list[str], list[str]], names: str, ids: list[int | None]
 ) -> None:
-    """The map after a change, and where each id went, worked out by hand."""
     after, migration = change(LabelMap(NAMES), *arguments, version=1)
     assert after.names == tuple(names.split())
     assert list(migration.ids) == ids

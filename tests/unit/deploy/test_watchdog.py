@@ -247,7 +247,6 @@ def seen(*, state: str = "RUNNING", phase: str | None = "serving", **facts: Any)
     ],
 )
 def test_decisions(observation: Observation, action: str, told: str) -> None:
-    """Each situation gets the action that the rules promise, with a reason in one line."""
     decision = decide(observation, LIMITS)
     assert (decision.action, decision.reason) == (action, decision.reason)
     assert told in decision.reason

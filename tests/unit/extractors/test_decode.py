@@ -67,7 +67,6 @@ def test_results_lie_in_the_allocated_memory(tmp_path: Path, kind: MediaKind) ->
 
 
 def test_an_image(tmp_path: Path) -> None:
-    """An image is squashed to its extractor's size, and given to OCR in its proportions."""
     path = media.write_png(tmp_path / "a", media.halves(200, 100))
     decoded = decode_media("image", path, SMALL.features, SMALL.decode)
     assert decoded.image is not None
@@ -78,7 +77,6 @@ def test_an_image(tmp_path: Path) -> None:
 
 
 def test_an_animation_gives_several_images(tmp_path: Path) -> None:
-    """Up to `features.image.max_frames` frames of an animation, and one picture for OCR."""
     path = media.write_gif(tmp_path / "a.gif", media.grey_steps(9))
     decoded = decode_media("image", path, SMALL.features, SMALL.decode)
     assert decoded.image is not None

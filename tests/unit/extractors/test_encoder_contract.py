@@ -528,7 +528,6 @@ def test_bad_settings_are_one_line(
     words: tuple[str, ...],
     checkpoint: Callable[[Make], Path],
 ) -> None:
-    """The line names the setting, and what to do."""
     named = {"arch": str(checkpoint(make))} if make else {}
     extractor: RowExtractor = (
         TextExtractor(TextSettings(**{**named, **settings}))

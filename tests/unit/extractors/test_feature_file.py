@@ -76,7 +76,6 @@ def test_another_extractor_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_both_streams_of_the_video(tmp_path: Path) -> None:
-    """Frames and whole video lie side by side under one status, and are read as one wants."""
     one = example()
     vector = np.full((1, 16), 0.5, np.float16)
     write_features(tmp_path, replace(one, arrays={"video_lstm": vector, **one.arrays}), PRINTS)

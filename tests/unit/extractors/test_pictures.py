@@ -38,7 +38,6 @@ def near(pixels: np.ndarray, expected: np.ndarray, tolerance: int = 8) -> bool:
 
 
 def test_broken_exif_is_ignored(tmp_path: Path) -> None:
-    """A picture whose EXIF is cut or nonsense is read as if it had none."""
     path = media.write_jpeg(tmp_path / "a.jpg", media.solid(32, 24), orientation=6)
     data = bytearray(path.read_bytes())
     at = data.index(b"MM\x00*")
@@ -229,7 +228,6 @@ def test_squash_averages_and_keeps_everything() -> None:
 
 
 def test_sizes() -> None:
-    """Proportions are kept, nothing is enlarged, no side vanishes."""
     assert fitted_size(1920, 1080, 960) == (960, 540)
     assert fitted_size(100, 50, 960) == (100, 50)
     assert fitted_size(5000, 1, 960) == (960, 1)

@@ -45,7 +45,6 @@ def _untagged_mp3(path: Path, rate_hz: int) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_real_files_are_told_apart(tmp_path: Path, name: str) -> None:
-    """Files of real encoders are recognised without their names."""
     family, write = MAKERS[name]
     write(tmp_path / name)
     found = sniff((tmp_path / name).read_bytes()[:4096])
@@ -102,7 +101,6 @@ def test_no_path_in_the_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_bytes_are_nothing(tmp_path: Path, seed: int) -> None:
-    """Random bytes are of no type: FFmpeg itself would find an MP3 in some."""
     path = media.write_random(tmp_path / "x.mp3", 8192, seed)
     with pytest.raises(MediaError, match="unknown type of file"):
         check_type(path, "audio")

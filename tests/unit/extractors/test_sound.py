@@ -132,7 +132,6 @@ def test_resampling_equals_scipy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [2, 6])
 @pytest.mark.parametrize("name", ["a.wav", "a.m4a", "a.mkv"])
 def test_channels_are_mixed(tmp_path: Path, channels: int, name: str) -> None:
-    """Stereo and 5.1 become mono; equal channels keep their sound, layout or none."""
     rate_hz = 48000
     sound = np.stack([media.tone(500, 2, rate_hz, 0.2)] * channels, 1)
     path = tmp_path / name

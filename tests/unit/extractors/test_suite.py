@@ -71,7 +71,6 @@ def test_a_suite_gives_what_its_extractors_give(suite: ExtractorSuite) -> None:
 
 
 def test_video_and_image_share_one_model_when_they_can() -> None:
-    """Equal settings load one model, others two."""
     suite = ExtractorSuite(tiny_features(), names=("video", "image"))
     suite.load()
     video, image = suite._extractors["video"], suite._extractors["image"]
@@ -85,7 +84,6 @@ def test_video_and_image_share_one_model_when_they_can() -> None:
 
 
 def test_disabled_ocr_is_not_loaded() -> None:
-    """Without OCR the suite hosts four extractors, and running OCR is an error."""
     suite = ExtractorSuite(tiny_features(), names=("text", "ocr"))
     assert suite.names == ("text",)
     suite.load()

@@ -63,7 +63,6 @@ def test_centre_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_short_clips_give_each_frame_once(tmp_path: Path, count: int) -> None:
-    """A clip of fewer frames than segments gives fewer features, not repeated ones."""
     found = greys(media.write_video(tmp_path / "a.mp4", media.grey_steps(count), 25))
     assert len(found) == count
     assert found == sorted(set(found))
@@ -165,7 +164,6 @@ def test_colours_of_columns_are_not_mixed(pix_fmt: str, width: int) -> None:
 
 
 def test_sound_and_silence(tmp_path: Path) -> None:
-    """A video's sound comes with it; a video without sound has no patches and no failure."""
     with_sound = media.write_video(
         tmp_path / "a.mp4", media.grey_steps(75), 25, audio=media.tone(440, 3, 44100)
     )
@@ -196,7 +194,6 @@ def broken(path: Path, **stream: int) -> Path:
 
 
 def test_broken_sound_leaves_the_frames(tmp_path: Path) -> None:
-    """A sound track that cannot be decoded is noted; the frames are there."""
     decoded = decode(broken(tmp_path / "a.mkv", audio=0))
     assert decoded.frames is not None
     assert len(decoded.frames) == 16
@@ -206,7 +203,6 @@ def test_broken_sound_leaves_the_frames(tmp_path: Path) -> None:
 
 
 def test_broken_frames_leave_the_sound(tmp_path: Path) -> None:
-    """Frames that cannot be decoded are noted; the sound is there. Without sound it is an error."""
     decoded = decode(broken(tmp_path / "a.mkv", video=0))
     assert decoded.frames is None
     assert decoded.sound is not None

@@ -137,7 +137,6 @@ def test_what_is_not_finite_is_refused() -> None:
 
 
 def test_a_video_gives_rows_and_a_vector() -> None:
-    """As many rows as segments, and one vector of just these rows."""
     suite = ExtractorSuite(tiny_features(video=settings()), names=("video",))
     suite.load()
     [found] = suite.run("video", [pixels(6)])

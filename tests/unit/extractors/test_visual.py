@@ -132,7 +132,6 @@ def test_wrong_settings_are_one_line(settings: dict[str, object], words: tuple[s
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    """Weights of another architecture, and a file that lacks a layer: one line each."""
     path = tiny_timm_weights(tmp_path, TINY_CNN)
     with pytest.raises(ConfigError, match=r"features.image.weights: .*does not fit test_vit"):
         loaded(arch=TINY_VIT, weights=str(path), image_size=160)
@@ -152,7 +151,6 @@ def test_items_of_the_wrong_shape_or_type_are_refused() -> None:
 
 
 def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device out of memory costs speed, not the batch; a single row too large is an error."""
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     sizes: list[int] = []
 

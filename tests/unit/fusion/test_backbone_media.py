@@ -93,7 +93,6 @@ def test_the_best_of_nothing_is_the_bias() -> None:
 
 
 def test_what_is_drawn_depends_on_the_batch_alone(posts: Path) -> None:
-    """The same batch gives the same pixels in any process and order; another one others."""
     listed = read_posts(posts / "videos.json", LabelMap.load(posts / "labels.json"), "videos")
     item = partial(pixels, reader=MediaItems(), size=SIZE, segments=3)
     build = partial(MediaDataset.of_files, listed, 3, max_items=2)
@@ -196,7 +195,6 @@ def test_training_has_dropout_and_serving_has_none() -> None:
 
 
 def test_a_post_has_the_scores_of_its_best_video() -> None:
-    """Padding counts for nothing; the highest score of each tag is the post's."""
     torch.manual_seed(0)
     tagger = LstmTagger(DIM, SIZES, 4).eval()
     videos = torch.randn(3, 6, DIM)

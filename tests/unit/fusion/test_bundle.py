@@ -109,7 +109,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_bundle_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    """The error names what is missing, cut or swapped; nothing half-loaded is served."""
     spoil, says = BROKEN[name]
     write(tmp_path / "b")
     spoil(tmp_path / "b")
@@ -171,7 +170,6 @@ def test_a_bundle_behind_a_link_is_read_and_replaced(tmp_path: Path) -> None:
 
 
 def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
-    """While a bundle is replaced again and again, its version can always be read."""
     folder = tmp_path / "b"
     write(folder)
     missing, done = [], threading.Event()
@@ -218,7 +216,6 @@ def test_scores_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 
 
 def test_tags_are_those_over_their_thresholds(tmp_path: Path) -> None:
-    """Highest first, with names and IDs; a post may have none."""
     write(tmp_path / "low", thresholds=np.full(support.CLASSES, 0.0, np.float32))
     tags = Inferer.load(tmp_path / "low").predict([support.features()])[0]
     assert len(tags.tags) == support.CLASSES
@@ -346,7 +343,6 @@ def test_the_version_knows_every_member(tmp_path: Path) -> None:
 
 
 def test_a_member_that_is_missing_or_another_is_refused(tmp_path: Path) -> None:
-    """The file is named; a bundle never answers with a part of its members."""
     folder = tmp_path / "b"
     write(folder, model=Ensemble([member(0), member(1)]))
     other = folder / "members" / "1.safetensors"

@@ -111,7 +111,6 @@ def test_kept_features_stay_within_their_budget(few_posts: Path) -> None:
 
 
 def test_every_post_once_an_epoch_in_a_new_order() -> None:
-    """The order depends on seed and epoch alone, and no batch is left with one post."""
     batches = EpochBatches(33, 8, 5, rank=0, world=1)
     seen = []
     for epoch in (1, 2, 1):

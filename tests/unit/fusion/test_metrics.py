@@ -102,7 +102,6 @@ def test_what_is_no_score_is_refused(scores: list[Any], targets: list[Any], says
 
 
 def test_average_precision_agrees_with_scikit_learn() -> None:
-    """Per class and as a mean over the classes with positives, with and without ties."""
     for seed in range(10):
         scores, targets, _ = case(seed)
         if seed % 2:
@@ -119,7 +118,6 @@ def test_average_precision_agrees_with_scikit_learn() -> None:
 
 
 def test_f1_agrees_with_scikit_learn() -> None:
-    """Micro over all decisions, macro over the classes with positives, thresholds per class."""
     chance = np.random.default_rng(3)
     scores, targets = chance.random((80, 9)), (chance.random((80, 9)) < 0.3).astype(int)
     targets[:, 4] = 0

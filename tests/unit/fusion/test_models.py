@@ -74,7 +74,6 @@ def logits(name: str, posts: list[Features], seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stands_in_the_padding_changes_nothing(name: str) -> None:
-    """Neither behind a post's own tokens, nor where a whole modality is masked."""
     torch.manual_seed(0)
     model = support.model(name)
     posts = [support.features("a", lengths={"audio": 2}), support.features("b")]
@@ -173,7 +172,6 @@ CASES: list[tuple[str, dict[str, object]]] = [(name, {}) for name in NAMES] + [
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_a_model_equals_a_numpy_forward(name: str, changes: dict[str, object]) -> None:
-    """The same weights in float64, post by post: full, with gaps, and with nothing at all."""
     model = lively(name, **changes)
     weights = {k: v.numpy().astype(np.float64) for k, v in model.state_dict().items()}
     with torch.inference_mode():
@@ -581,7 +579,6 @@ def test_modalities_can_be_left_out_or_unknown() -> None:
 
 
 def test_a_batch_is_padded_and_masked() -> None:
-    """Each post's tokens stand at its row's start, zeros behind; masks say which are real."""
     posts = [support.features("a", seed=1), support.features("b", seed=2, lengths={"video": 2})]
     targets = np.eye(2, support.CLASSES, dtype=np.float32)
     batch = support.batch(posts, targets)

@@ -63,7 +63,6 @@ def test_one_cycle_equals_torchs() -> None:
 
 
 def test_steps_equal_torchs() -> None:
-    """Without warm-up it is torch's MultiStepLR; with it the rate goes up first."""
     wanted = reference(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [20, 30], gamma=0.2))
     options = {"learning_rate": 0.1, "schedule": "step", "step_factor": 0.2}
     np.testing.assert_allclose(rates(settings(**options, warm_up=0)), wanted, rtol=1e-9)
@@ -73,7 +72,6 @@ def test_steps_equal_torchs() -> None:
 
 
 def test_cosine_equals_torchs_and_constant_stays() -> None:
-    """Behind the warm-up the cosine is torch's CosineAnnealingLR."""
     found = rates(settings(learning_rate=0.1, warm_up=0.1))
     wanted = reference(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS - 4))
     np.testing.assert_allclose(found[4:], wanted[: STEPS - 4], rtol=1e-6)

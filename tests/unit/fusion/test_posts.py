@@ -100,7 +100,6 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
 
 
 def test_posts_come_back_as_they_stand_in_the_file(tmp_path: Path) -> None:
-    """Records, targets and counts equal those of the file read whole; also after pickling."""
     file = written(tmp_path, "a.json", ENTRIES, ensure_ascii=False)
     posts = PostList.read(file, support.LABELS)
     for copy in (posts, pickle.loads(pickle.dumps(posts))):
@@ -113,7 +112,6 @@ def test_posts_come_back_as_they_stand_in_the_file(tmp_path: Path) -> None:
 
 
 def test_some_posts_of_a_list(tmp_path: Path) -> None:
-    """In any order, and of them some again: records and targets go with their posts."""
     content = [{"post_id": str(i), "labels": [f"tag{j}" for j in range(i % 4)]} for i in range(20)]
     posts = PostList.read(written(tmp_path, "a.jsonl", content), support.LABELS)
     rows = np.random.default_rng(0).permutation(20)[:9]
@@ -216,7 +214,6 @@ def test_every_part_is_like_the_whole(posts: int, classes: int, folds: int) -> N
 
 
 def test_parts_depend_on_the_seed_alone() -> None:
-    """The same seed deals the same way, which resuming needs; another one does not."""
     ends, labels, _ = tagged(200, 12, 3)
     first, again, other = (stratified_folds(ends, labels, 12, 4, seed=s) for s in (7, 7, 8))
     assert (first == again).all()
@@ -245,7 +242,6 @@ def lists(tmp_path: Path) -> tuple[PostList, PostList]:
 
 
 def test_a_pool_is_its_lists_one_after_another(lists: tuple[PostList, PostList]) -> None:
-    """Posts, targets, counts and keys are those of the lists, in every selection."""
     pool, rows = PostList.joined(lists), [13, 0, 9, 8, 4]
     both = [record.post_id for some in lists for record in some]
     targets = np.concatenate([some.targets() for some in lists])

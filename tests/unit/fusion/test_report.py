@@ -152,7 +152,6 @@ def test_without_figures_validation_posts_are_asked_for() -> None:
 
 
 def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
-    """Every array, names in any script, and no pickle."""
     wanted = some_predictions(name="猫")
     wanted.save(tmp_path / "scores.npz")
     found = Predictions.load(tmp_path / "scores.npz")

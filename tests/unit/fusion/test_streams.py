@@ -92,7 +92,6 @@ def test_images_join_the_rows_and_not_the_vector() -> None:
 
 
 def test_modality_dropout_drops_both_streams_together() -> None:
-    """The other modalities are independent; a post of video alone keeps its rows and vector."""
     there, nothing = torch.ones(400, 2, dtype=torch.bool), torch.zeros(400, 2, dtype=torch.bool)
     torch.manual_seed(0)
     for audio, chance in ((there, 0.5), (nothing, 0.99)):

@@ -27,7 +27,6 @@ from workers.protocol import CacheHit, CacheHits, CacheLookup, FuseTask, Task
 
 
 def test_posts_are_tagged_and_acknowledged_after_the_write(tmp_path: Path) -> None:
-    """Any accepted body gets its post tagged; one summary line each, without the payload."""
     store = FakeStore(posts("p1", "p2", 3, images=["http://user:pw@host/1.jpg"]))
     broker = MemoryBroker(queue_of(b"p1", b'{"post_id": "p2", "priority": 5}', b"3"))
     acked_too_early: list[bytes] = []
@@ -57,7 +56,6 @@ def test_posts_are_tagged_and_acknowledged_after_the_write(tmp_path: Path) -> No
 
 
 def test_messages_that_cannot_be_served_are_dead_letters(tmp_path: Path) -> None:
-    """Junk, unknown posts and empty posts are set aside with reasons, and the daemon goes on."""
     store = FakeStore([*posts("good"), {"_id": "empty"}])
     broker = MemoryBroker(queue_of(b"\xff\xfe", b"{", b"", b"nobody", b"empty", b"good"))
     with on_fakes(tmp_path, store, broker) as it:

@@ -40,7 +40,6 @@ def test_database_away_stops_intake_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_broker_and_database_away_at_the_start(tmp_path: Path) -> None:
-    """The King says which URLs it cannot reach, tries on, and serves as soon as they are there."""
     store, broker = FakeStore(posts("p1")), MemoryBroker(queue_of(b"p1"))
     store.down.set()
     broker.queue.reachable = False
@@ -55,7 +54,6 @@ def test_broker_and_database_away_at_the_start(tmp_path: Path) -> None:
 
 
 def test_lost_connection_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    """Messages of a dead connection come again, join their running jobs and are acknowledged."""
     ids = [f"p{i}" for i in range(6)]
     store, gate = FakeStore(posts(*ids)), Gate()
     broker = MemoryBroker(queue_of(*[i.encode() for i in ids]))
@@ -159,7 +157,6 @@ def test_pauses_grow_until_a_connection_has_done_some_work(tmp_path: Path) -> No
 
 
 def test_job_of_another_king_is_parked_and_taken_over(tmp_path: Path) -> None:
-    """A running job is left alone while its lease holds, then it is one more attempt."""
     store = FakeStore(posts("p1"))
     lease = time.time() + 1.0
     store.jobs["p1"] = Job(

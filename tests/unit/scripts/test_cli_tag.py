@@ -25,7 +25,6 @@ def written(folder: Path, content: Any) -> Path:
 
 
 def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
-    """Local paths are found beside the file, URLs are kept, kinds are in order."""
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.jpg").write_bytes(b"x")
     entry: dict[str, Any] = {
@@ -126,7 +125,6 @@ def models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_results_are_printed_as_table_and_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tags with scores, modalities with reasons; the JSON has the form of the database."""
     config = tmp_path / "settings.yaml"
     config.write_text("{}")
     posts = [{"post_id": "a", "text": "cat"}, {"post_id": "b", "text": "?"}, {"post_id": "empty"}]

@@ -85,7 +85,6 @@ def snapshot(**changes: Any) -> Snapshot:
     ],
 )
 def test_each_fact_has_its_state(seen: Snapshot, state: str, told: str) -> None:
-    """At the default thresholds; the summary names what is not well."""
     checks = judge(seen, MonitorSettings())
     assert worst(checks) == state
     assert summary(checks).startswith(f"{state.upper()}: ")

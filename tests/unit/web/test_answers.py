@@ -12,7 +12,6 @@ from tests.support.web.fixtures import Desk, desk_settings, make_desk
 
 
 def test_tags_with_and_without_all_scores(desk: Desk) -> None:
-    """The same form as `insighttag tag`, with times; all classes only where they are asked for."""
     plain = desk.client.post("/v1/tag", json={"text": "x", "post_id": "p/1"})
     assert plain.status_code == 200
     assert plain.json == {

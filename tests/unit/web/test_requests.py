@@ -125,7 +125,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_named(desk: Desk, name: str) -> None:
-    """The status is 4xx, the message says what to correct, and no worker gets a task."""
     options, status, reason = MISTAKES[name]
     response = desk.client.post("/v1/tag", **options)
     assert response.status_code == status, response.text
@@ -291,7 +290,6 @@ def test_nothing_usable_has_its_reasons(desk: Desk) -> None:
 
 
 def test_busy_and_late(tmp_path: Path) -> None:
-    """Over the limit: 503 with when to come back; past the deadline: 504; then all is free."""
     (tmp_path / "downloads").mkdir()
     settings = desk_settings(tmp_path, posts=1, deadline_s=0.8, retry_after_s=7)
     pool = FakePool(tmp_path / "downloads", lambda task: None)

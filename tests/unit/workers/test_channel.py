@@ -172,7 +172,6 @@ SPOOL = Path("/spool")
     ],
 )
 def test_an_answer_must_be_of_its_task(task: Task, result: Any, reason: str | None) -> None:
-    """A result of another kind, or a path or slot of another task, is refused by its name."""
     reply = Done(7, result)
     if reason is None:
         validate_reply(reply, task, 3, SPOOL)

@@ -39,7 +39,6 @@ def test_entry_comes_back() -> None:
 
 
 def test_changed_bytes_are_no_entry() -> None:
-    """Any byte changed, any end cut, anything appended, another key: refused every time."""
     content = encode(KEY, Entry({"image": np.ones((2, 3), np.float16)}, "text"))
     for i in range(len(content)):
         with pytest.raises(CorruptEntry):
@@ -117,7 +116,6 @@ def keys_of(**changes: Any) -> dict[str, str]:
     ],
 )
 def test_what_changes_a_result_changes_its_key(change: dict[str, Any], changed: str) -> None:
-    """A setting changes the keys of what it determines, and no others: nothing stale, no waste."""
     before, after = keys_of(), keys_of(**change)
     different = {name for name in before if before[name] != after[name]}
     assert different == {name for name in changed.split(", ") if name}

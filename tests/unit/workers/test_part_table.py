@@ -47,7 +47,6 @@ def test_each_part_is_decoded_from_its_media() -> None:
     ("seconds", "rows"), [(0.1, 1), (1.0, 1), (1.4, 1), (1.5, 2), (2.0, 2), (2.49, 2), (2.6, 3)]
 )
 def test_waveform_windows_pad_or_drop_the_rest(seconds: float, rows: int) -> None:
-    """Short sound is padded with silence; a rest under half a window is dropped."""
     waveform = np.linspace(0.1, 1, int(48_000 * seconds), dtype=np.float32)
     windows = sound_rows(waveform, WaveformWindows(48_000, 48_000))
     assert windows.shape == (rows, 48_000)

@@ -120,7 +120,6 @@ def test_text_alone() -> None:
 
 
 def test_every_media_in_order() -> None:
-    """Each media goes fetch, decode, extract; a video feeds three extractors, in one task each."""
     plan = plan_of(Post("p", "t", (IMAGE, VIDEO, SOUND)))
     steps = walk(plan)
     assert [s.task.stage for s in steps].count("fetch") == 3
@@ -245,7 +244,6 @@ def test_a_broken_side_is_told_and_the_rest_goes_on(
 
 
 def test_one_of_two_images_broken() -> None:
-    """A modality is ok when any of its media is, and its failure is kept beside it."""
     plan = plan_of(Post("p", "", (IMAGE, IMAGE)))
     first, second = plan.start()
     assert plan.failed(first, GONE) == []
@@ -259,7 +257,6 @@ def test_one_of_two_images_broken() -> None:
 
 
 def test_failures_inside_a_decoded_file() -> None:
-    """A video whose sound is broken keeps its frames and tells about the sound."""
     plan = plan_of(Post("p", "", (VIDEO,)))
     [fetch] = plan.start()
     [decode] = plan.done(fetch, result_of(fetch))
@@ -272,7 +269,6 @@ def test_failures_inside_a_decoded_file() -> None:
 
 
 def test_ocr_that_fails() -> None:
-    """Pictures that cannot be read make OCR failed in either mode, and nothing else."""
     for settings in (SEPARATE, APPEND):
         plan = plan_of(Post("p", "own", (IMAGE,)), settings)
         walk(plan, {"ocr": BROKEN})

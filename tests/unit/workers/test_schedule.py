@@ -203,7 +203,6 @@ def test_submit_for_a_foreign_slot_changes_nothing() -> None:
 
 
 def test_death_of_a_batch_makes_suspects_that_run_alone() -> None:
-    """Members of a killed batch run one by one; only the one that kills again is charged."""
     made = scheduler(extractor())
     batch = [made.submit(text_task("x"), 99) for _ in range(3)]
     later = made.submit(text_task("x"), 99)
@@ -226,7 +225,6 @@ def test_death_of_a_batch_makes_suspects_that_run_alone() -> None:
 
 
 def test_death_charges_who_ran_alone_and_spares_who_waited() -> None:
-    """A single running task is charged at once; what waited in the pipe is queued again."""
     made = scheduler(extractor())
     running, waiting = (made.submit(text_task("x"), 99) for _ in range(2))
     sent(made)
@@ -237,7 +235,6 @@ def test_death_charges_who_ran_alone_and_spares_who_waited() -> None:
 
 
 def test_death_before_anything_began_is_bounded() -> None:
-    """A task whose worker always dies before it begins does not come back for ever."""
     made = scheduler()
     task = made.submit(text_task("x"), 99)
     for _ in range(4):
@@ -263,7 +260,6 @@ def test_concurrent_downloads_are_suspects_too() -> None:
 
 
 def test_overdue_download_is_charged_alone() -> None:
-    """Of the downloads of a process that is killed for one of them, that one is charged."""
     made = scheduler(WorkerLoad("f", ("fetch",), 4, 10.0))
     slow, other = (made.submit(fetch_task("x"), 99) for _ in range(2))
     sent(made)

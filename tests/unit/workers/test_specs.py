@@ -12,7 +12,6 @@ from workers.pool.supervisor import ManagedProcess, pinned_environment, worker_s
 
 
 def test_workers_of_the_settings() -> None:
-    """One downloader, N decoders, each placement's processes with its queues, one fusion."""
     settings = Settings.model_validate(
         {
             "decode": {"processes": 3, "deadline_s": 7},
@@ -56,7 +55,6 @@ def test_devices_are_pinned_before_birth() -> None:
 
 
 def test_back_off_grows_has_a_cap_and_forgets() -> None:
-    """Deaths in a row wait longer, up to a cap; a task answered in between starts anew."""
     worker = ManagedProcess(worker_specs(Settings())[0])
     delays = [worker.ended(0.0, answered=0, planned=False) for _ in range(12)]
     assert delays[:3] == [0.1, 0.2, 0.4]
@@ -68,7 +66,6 @@ def test_back_off_grows_has_a_cap_and_forgets() -> None:
 
 
 def test_bundle_is_held_against_the_extractors() -> None:
-    """Every modality of the bundle must be made as in training; more than it needs is fine."""
     infos = [{"fingerprints": '{"video": "v1", "image": "i1"}'}, {"fingerprints": '{"text": "t"}'}]
     expected = extractor_fingerprints(infos)
     assert expected["video"] == "v1"

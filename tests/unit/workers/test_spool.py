@@ -6,7 +6,6 @@ from workers.fetch import Spool, file_name
 
 
 def test_spool_is_private_and_ends_with_its_king(tmp_path: Path) -> None:
-    """A folder of its own with mode 0700; other living Kings' folders stay, dead ones go."""
     root = tmp_path / "spool"
     first = Spool(root)
     assert first.folder.stat().st_mode & 0o777 == 0o700
@@ -24,7 +23,6 @@ def test_spool_is_private_and_ends_with_its_king(tmp_path: Path) -> None:
 
 
 def test_spool_removes_what_a_dead_downloader_left(tmp_path: Path) -> None:
-    """Files of given tasks go, others stay; only files of the spool can be removed."""
     spool = Spool(tmp_path)
     kept = spool.folder / file_name(12)
     left = spool.folder / file_name(1)
