@@ -207,9 +207,7 @@ def test_media_are_served_on_loopback_and_nothing_else(tmp_path: Path) -> None:
         requests.get(f"{url}/media/a.bin", timeout=5)
 
 
-def test_sound_of_the_demo_completes_the_preset(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_sound_completes_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The network that hears the demo's sounds serves `small`, and never replaces another one."""
     layout, labels = Layout(tmp_path), LabelMap.load(ROOT / "config/idx2name_cls24.json")
     make_splits(layout, {"train": 6, "valid": 2}, seed=3)
@@ -232,9 +230,7 @@ def test_sound_of_the_demo_completes_the_preset(
     assert mine.read_bytes() == b"mine"
 
 
-def test_a_package_that_is_missing_is_said_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo needs minutes before it would load the weights of pictures."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     settings = load_settings(ROOT / "config/demo.yaml")

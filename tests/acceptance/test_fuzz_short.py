@@ -9,9 +9,7 @@ import pytest
 
 @pytest.mark.redis
 @pytest.mark.slow
-def test_hostile_files_and_messages_end_somewhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hostile_input_ends_somewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The King survives, and every post and message ends with a reason of ours."""
     words = ["--media", "40", "--messages", "54", "--seed", "3", "--timeout", "500"]
     words += ["--ids", "500", "--headers", "0"]  # tests/integration/king has headers

@@ -53,9 +53,7 @@ def untimed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("quick_processes")
-def test_raw_media_give_what_insighttag_tag_gives(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_raw_media_equal_insighttag_tag(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Local paths beside the file; metrics where labels are; one process or two."""
     assert (
         run(["tag", str(folder / "posts.json"), "--json", "--config", str(folder / "infer.yaml")])
@@ -104,9 +102,7 @@ def test_media_are_tagged_anew_each_time(folder: Path, capsys: pytest.CaptureFix
     assert (before["modalities"]["image"], after["modalities"]["image"]) == ("failed", "ok")
 
 
-def test_other_extractors_than_the_bundles_are_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_extractors_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit 2 and one line; lists without media too."""
     assert rig.infer(folder, "--set", "features.image.weights=random:2") == 2
     said = capsys.readouterr().err.splitlines()[-1]

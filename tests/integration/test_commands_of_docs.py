@@ -151,9 +151,7 @@ YAML = [(page, *block) for page in PAGES for block in blocks(page, "yaml")]
 @pytest.mark.parametrize(
     ("page", "line", "text"), YAML, ids=[f"{page.name}:{line}" for page, line, _ in YAML]
 )
-def test_yaml_of_a_page_holds_keys_that_exist_and_values_that_are_taken(
-    page: Path, line: int, text: str
-) -> None:
+def test_yaml_of_a_page_has_known_keys_and_good_values(page: Path, line: int, text: str) -> None:
     content = yaml.safe_load(text)
     if set(content) & FOREIGN:
         return
@@ -187,7 +185,7 @@ def exists(name: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_dotted_name_that_begins_as_a_section_is_a_key_an_event_or_a_module(
+def test_every_dotted_name_that_begins_as_a_section_is_a_key_event_or_module(
     page: Path,
 ) -> None:
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))

@@ -214,9 +214,7 @@ def expressions(content: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("file", [DASHBOARD, RULES], ids=["dashboard", "alerts"])
-def test_every_metric_that_is_asked_for_exists(
-    file: Path, king: tuple[Running, str], desk: Desk
-) -> None:
+def test_every_metric_asked_for_exists(file: Path, king: tuple[Running, str], desk: Desk) -> None:
     """Names of series, and for each its labels: a misspelled one would silently show nothing."""
     labels: dict[str, set[str]] = {}
     for family in [*scrape(king[1]), *families_of(desk)]:

@@ -133,9 +133,7 @@ def test_kings_know_who_is_dead() -> None:
 
 
 @pytest.mark.parametrize("step_s", [-7200, 7200])
-def test_a_king_is_not_taken_for_dead_when_the_clock_is_set(
-    monkeypatch: pytest.MonkeyPatch, step_s: int
-) -> None:
+def test_a_set_clock_makes_no_king_dead(monkeypatch: pytest.MonkeyPatch, step_s: int) -> None:
     """Its name outlives the step: start times as dates, and the date itself, move along."""
     name, created, now = own_name(), psutil.Process.create_time, time.time
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + step_s)

@@ -63,9 +63,7 @@ def traced(folder: Path, url: str, broker: MemoryBroker, *ids: str) -> Running:
     return Running(settings, fake_pool(folder), store=FakeStore(posts(*ids)), broker=broker)
 
 
-def test_a_collector_has_every_post_once_the_king_has_ended(
-    tmp_path: Path, collector: Collector
-) -> None:
+def test_a_collector_has_each_post_of_an_ended_king(tmp_path: Path, collector: Collector) -> None:
     """Its trace goes on from the message's headers, and its stages lie within it."""
     queue = queue_of(b"p1", b"{")
     queue.put(b"p2", headers={"traceparent": TRACEPARENT})
@@ -87,9 +85,7 @@ def test_a_collector_has_every_post_once_the_king_has_ended(
         assert max(span.end_time_unix_nano for span in parts) == post.end_time_unix_nano
 
 
-def test_a_collector_that_is_away_holds_nothing_up(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lost_collector_stops_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     broker = MemoryBroker(queue_of(b"p1"))
     with traced(tmp_path, f"http://127.0.0.1:{free_port()}/v1/traces", broker, "p1") as it:
         it.until(lambda: len(broker.acked) == 1)

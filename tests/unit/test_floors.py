@@ -49,9 +49,7 @@ def test_every_floor_holds_for_figures_that_were_written(name: str) -> None:
     assert broken_floors(rows, FLOORS[name]) == []
 
 
-def test_a_run_below_a_floor_ends_with_1_and_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_below_a_floor_end_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row: dict[str, Any] = {"system": "daemon", "broker": "redis", "case": "text"}
     row |= {"cpu_ms": {"king": 99}, "machinery_cpu_ms": 0, "idle_percent_daemon": 0}
     assert finish("overhead", 1, [row], tmp_path, check=False) == 0

@@ -132,9 +132,7 @@ def test_report_is_whole_and_loads_nothing(done: Path) -> None:
     assert not re.search(r"https?://|url\(|@import|<script", page)
 
 
-def test_the_page_shows_what_duplicates_share_and_posts_of_each_tag(
-    corpus: Corpus, done: Path
-) -> None:
+def test_page_shows_what_duplicates_share_and_posts_of_tags(corpus: Corpus, done: Path) -> None:
     """The same file once, by its name; pictures that look alike side by side; texts as texts."""
     page = (done / "report.html").read_text(encoding="utf-8")
     shared = next(p["images"][0] for p in corpus.posts if p["post_id"] == corpus.exact[0][0])
@@ -338,9 +336,7 @@ def _die(task: Task, reason: str | None = None) -> Measured:
     return _REAL(task, reason)
 
 
-def test_file_that_kills_its_reader_costs_only_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killer_file_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jpeg(tmp_path / "a.jpg", quadrants(64, 48))
     names = ["a", "b", "deadly", "c", "d", "e", "f", "g", "h"]
     monkeypatch.setattr(measure, "measure", _die)

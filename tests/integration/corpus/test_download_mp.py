@@ -199,9 +199,7 @@ def test_limits_of_the_settings_hold(site: MediaSite, tmp_path: Path) -> None:
     assert not site.requests
 
 
-def test_local_files_are_taken_when_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_local_files_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Beside the posts file, as whole paths or file URLs; without --local it is named as the way.
 
     Where nothing at all could be had, the exit code is 1.
@@ -247,7 +245,7 @@ def finished(out: Path) -> set[str]:
     return set(names)
 
 
-def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+def test_random_kills_change_nothing(tmp_path: Path) -> None:
     chance, count, connections = random.Random(), 80, 4
     hashes = {f"/png/{i}": hashlib.sha256(png(i)).hexdigest() for i in range(count)}
     with media_site(delay_s=0.02) as site:

@@ -97,9 +97,7 @@ def test_what_failed_is_told_with_its_reason(corpus: Path) -> None:
     assert read_features(corpus / "features", "lost").statuses["video"] == "ok"
 
 
-def test_a_second_run_does_nothing_and_says_the_same(
-    corpus: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_run_only_says_the_same(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = corpus / "features"
     before, stamps = files(root), {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")}
     words = [*arguments(corpus / "tiny.yaml", corpus / "posts.jsonl", root), "--json"]
@@ -156,9 +154,7 @@ def test_killed_runs_go_on_and_end_the_same(tmp_path: Path) -> None:
     assert failures == (tmp_path / "whole" / "failures_image.jsonl").read_bytes()
 
 
-def test_without_a_readable_post_it_is_a_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_readable_post_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit 2 and one line that names the file and why; nothing is written, no model is loaded."""
     posts, config = tmp_path / "posts.jsonl", write_config(tmp_path)
     posts.write_text("{\n[]\n", encoding="utf-8")

@@ -214,9 +214,7 @@ def test_sample_is_fixed_by_its_seed(arguments: list[str], insert: Insert, tmp_p
     assert len(ids_of(tmp_path)) == 300
 
 
-def test_tags_with_few_posts_are_left_out(
-    arguments: list[str], insert: Insert, tmp_path: Path
-) -> None:
+def test_rare_tags_are_left_out(arguments: list[str], insert: Insert, tmp_path: Path) -> None:
     """Rare tags go, posts with no other tag too; a sample keeps so many posts of each tag."""
     found = documents(300)
     found[3]["labels"], found[5]["labels"] = ["rare"], []
@@ -236,9 +234,7 @@ def test_tags_with_few_posts_are_left_out(
     assert counts["b"] >= 6
 
 
-def test_kills_at_random_moments_change_nothing(
-    arguments: list[str], insert: Insert, tmp_path: Path
-) -> None:
+def test_random_kills_change_nothing(arguments: list[str], insert: Insert, tmp_path: Path) -> None:
     more = ["--sample", "500", "--min_posts_per_tag", "10"]
     found = documents(600)
     for document in found[::100]:

@@ -211,9 +211,7 @@ def test_every_manifest_keeps_the_schema_of_its_kind(values: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["few", "all"])
-def test_a_pod_that_ends_has_time_for_the_longest_post(
-    values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_ending_pod_has_time_for_any_post(values: dict[str, Any], tmp_path: Path) -> None:
     """By the settings that it is given: they are accepted, and its grace is above all its waits."""
     manifests = rendered(values)
     file = tmp_path / "settings.yaml"

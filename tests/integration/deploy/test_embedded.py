@@ -150,7 +150,7 @@ def test_another_user_of_the_host_reaches_neither_service(settings: Settings) ->
                 broker.execute_command(command)
 
 
-def test_a_copied_installation_leaves_the_services_of_the_original_alone(
+def test_copies_leave_the_services_of_the_original_alone(
     settings: Settings, tmp_path: Path
 ) -> None:
     """The copy starts and stops its own; what was moved is still the same installation."""
@@ -177,9 +177,7 @@ def _sockets(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if (Path(folder) / name).is_socket()]
 
 
-def test_setting_the_clock_starts_no_second_server(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clock_step_starts_nothing(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start times as dates move with the clock; the services are known by what does not."""
     embedded.resolve(settings)
     before = pids(settings)
@@ -310,9 +308,7 @@ def test_a_missing_package_is_named(settings: Settings, monkeypatch: pytest.Monk
         embedded.ensure(settings, ["mongo"])
 
 
-def test_a_server_that_dies_at_start_is_quoted(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dying_server_is_quoted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the log and its last line."""
 
     def broken(folder: Path, socket: Path) -> list[str]:
@@ -325,9 +321,7 @@ def test_a_server_that_dies_at_start_is_quoted(
         embedded.ensure(settings, ["redis"])
 
 
-def test_the_lock_gives_up_with_its_path(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_held_lock_names_its_path(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.05)
     with locked(settings.embedded.folder / "lock"):
         with pytest.raises(RetryableError, match=r"another command holds .*/lock"):

@@ -158,9 +158,7 @@ def test_a_process_without_the_handler_is_not_signalled(tmp_path: Path) -> None:
         process.kill()
 
 
-def test_the_stack_file_holds_the_reason_and_the_stacks(
-    tmp_path: Path, sleeper: subprocess.Popen[str]
-) -> None:
+def test_a_stack_file_has_its_reason(tmp_path: Path, sleeper: subprocess.Popen[str]) -> None:
     """A King that runs writes its stacks; a stopped one is not waited for; both live on."""
     king = psutil.Process(sleeper.pid)
     assert eventually(lambda: king.status() == psutil.STATUS_SLEEPING)
@@ -212,9 +210,7 @@ def test_an_unreachable_supervisor_is_said_once(tmp_path: Path) -> None:
     assert [entry["event"] for entry in logs] == ["watchdog.supervisor_unreachable"]
 
 
-def test_a_machine_that_slept_stalls_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_asleep_stalls_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the watchdog itself wakes far too late, every measurement starts over."""
     settings = settings_in(tmp_path, interval_s=0.01, stall_s=0.2)
     watchdog, progress = watched(settings, FakeSupervisor())
@@ -294,9 +290,7 @@ def test_systemd_is_another_supervisor(tmp_path: Path, monkeypatch: pytest.Monke
         client.program()
 
 
-def test_a_wrong_setting_ends_the_watchdog_with_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_setting_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2 and one line, which supervisord does not restart."""
     config = tmp_path / "settings.yaml"
     config.write_text("{}")

@@ -182,9 +182,7 @@ def test_an_engine_that_is_not_installed_names_its_package(monkeypatch: pytest.M
     )
 
 
-def test_weights_for_torch_are_named_with_their_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_weights_for_torch_have_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without network: the repository, the folder and the command; a broken folder: its path."""
     if not hasattr(transformers, "PPOCRV6SmallDetConfig"):
         pytest.skip("this transformers has no PP-OCRv6")

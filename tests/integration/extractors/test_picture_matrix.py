@@ -235,9 +235,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("colour", [(255, 255, 255), (255, 255, 180), (235, 235, 235)])
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.avif"])
-def test_white_on_transparent_is_seen(
-    tmp_path: Path, name: str, colour: tuple[int, int, int]
-) -> None:
+def test_white_on_nothing_is_seen(tmp_path: Path, name: str, colour: tuple[int, int, int]) -> None:
     image = Image.new("RGBA", (240, 80), (0, 0, 0, 0))
     ImageDraw.Draw(image).text((10, 10), "HELLO", (*colour, 255), ImageFont.load_default(48))
     image.save(tmp_path / name)

@@ -65,9 +65,7 @@ def features(extractor: RowExtractor, items: Sequence[Any]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def test_every_family_starts_offline_from_a_copied_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copied_folder_starts_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is copied to a machine without network or cache, and gives the same vectors."""
     hub, out = tmp_path / "hub", tmp_path / "out"
     expected = {}

@@ -125,9 +125,7 @@ def test_a_released_file_with_another_checksum_is_not_put_in_place(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_network_pretrained_names_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_network_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line names the file of torchvggish's release, and the command that brings it."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setattr("extractors.models.weights.reachable", lambda _url: False)

@@ -262,9 +262,7 @@ def test_depths(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None:
         ("a.mkv", "ffv1", "bgra"),
     ],
 )
-def test_transparent_films_lie_on_white(
-    tmp_path: Path, name: str, codec: str, pix_fmt: str
-) -> None:
+def test_transparent_films_on_white(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None:
     pixels = np.zeros((96, 96, 4), np.uint8)
     pixels[24:72, 24:72] = (*media.BLUE, 255)
     path = tmp_path / name

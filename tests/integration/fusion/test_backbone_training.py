@@ -176,9 +176,7 @@ def test_sounds_become_the_audio_extractors_weights(tmp_path: Path) -> None:
         train_backbones(settings(tmp_path, out, "audio_backbone", **changes), MediaItems())
 
 
-def test_a_validation_without_sound_is_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_silent_validation_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of few posts those of the validation may be silent: the network is trained all the same."""
     write_labels(tmp_path)
     soundfile.write(tmp_path / "a.wav", np.sin(np.arange(32_000) * 0.1), 16_000)

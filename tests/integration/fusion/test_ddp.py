@@ -88,9 +88,7 @@ def kill_the_first(log: Path) -> list[psutil.Process]:
     return children
 
 
-def test_a_process_that_dies_ends_the_others(
-    few_posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_death_ends_the_others(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = runs.config_file(
         few_posts, trainer={"epochs": 100_000, "processes": 2, "log_interval": 1, "batch_size": 4}
     )

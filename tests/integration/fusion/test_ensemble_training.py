@@ -46,9 +46,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     return learned
 
 
-def test_folds_leak_nothing_and_go_on_where_they_were_killed(
-    few_posts: Path, fits: dict[str, set[str]]
-) -> None:
+def test_folds_leak_nothing_and_outlive_kills(few_posts: Path, fits: dict[str, set[str]]) -> None:
     """Each post is held out once and scored by the model that was not trained on it.
 
     Folds that are done are not trained again; the bundle is that of an undisturbed run.
@@ -95,9 +93,7 @@ def test_folds_leak_nothing_and_go_on_where_they_were_killed(
             runs.run(few_posts, resume=folder, **FOLDS)
 
 
-def test_validation_posts_can_be_left_out_of_the_pool(
-    few_posts: Path, fits: dict[str, set[str]]
-) -> None:
+def test_validation_posts_may_be_left_out(few_posts: Path, fits: dict[str, set[str]]) -> None:
     """Then the ensemble is measured on them, and no fold is trained on them."""
     runs.run(few_posts, **{**FOLDS, "ensemble": {"folds": 2, "pool_valid": False}})
     valid = [record.post_id for record in PostList.read(few_posts / "valid.json", support.LABELS)]
@@ -144,9 +140,7 @@ def test_snapshots_that_cannot_be(sections: Any, says: str, tmp_path: Path) -> N
         support.train_settings(tmp_path, ensemble={"snapshots": 2}, **sections)
 
 
-def test_files_of_a_fold_that_cannot_be_written(
-    few_posts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fold_that_cannot_be_written(few_posts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 

@@ -95,9 +95,7 @@ def test_a_post_that_stands_twice_in_a_batch(
         client.close()
 
 
-def test_a_database_that_is_away_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lost_database_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = rig.make(tmp_path, posts=3)
     url = "mongodb://me:secret@127.0.0.1:1/db.tags"
     assert rig.infer(folder, "--output", url, "--set", "collection.timeout_s=0.5") == 1

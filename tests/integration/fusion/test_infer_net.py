@@ -32,9 +32,7 @@ def expected_scores(folder: Path, post_ids: list[str]) -> np.ndarray[Any, Any]:
     return np.array(found)
 
 
-def test_input_and_output_as_the_readme_says(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_input_and_output_of_the_readme(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``--infer_config F --input X.json --output O``: tags by their thresholds, and the metrics."""
     output = folder / "tags.jsonl"
     assert rig.infer(folder, "--output", str(output)) == 0
@@ -104,9 +102,7 @@ def test_standard_output_holds_tags_alone(folder: Path, capsys: pytest.CaptureFi
     assert "posts 40" in printed.err
 
 
-def test_json_is_one_object_and_the_words_for_people_are_elsewhere(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_one_object_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = folder / "json" / "tags.jsonl"
     output.parent.mkdir()
     assert rig.infer(folder, "--output", str(output), "--json") == 0
@@ -230,9 +226,7 @@ def test_bad_posts_are_left_out_and_listed(
 
 
 @pytest.mark.parametrize("bad", list(BAD))
-def test_a_bad_post_ends_the_run_and_is_named(
-    bad: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_post_ends_a_run(bad: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(folder)
     entries = json.loads((folder / "posts.json").read_text())
     alone = [e for e in entries if e["post_id"] == bad or e["post_id"] not in BAD]

@@ -67,9 +67,7 @@ def infer_part(folder: Path, output: Path, *more: str, posts: int = 20) -> None:
         assert rig.infer(folder, "--output", str(output), *more) == 1
 
 
-def test_killed_and_run_again_gives_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_run_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The posts, scores, metrics and bad posts of an undisturbed run."""
     folder = rig.make(tmp_path, posts=150)
 
@@ -230,9 +228,7 @@ def test_posts_that_came_later_are_added(folder: Path, capsys: pytest.CaptureFix
     assert not Path(f"{output}.skipped.jsonl").exists()
 
 
-def test_entries_without_an_id_and_entries_that_stand_twice(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_entries_without_id_or_repeated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every entry has its row, whether the run was interrupted or not."""
     entries = json.loads((folder / "posts.json").read_text())
     listed = [entry["features"] if i % 2 else entry["post_id"] for i, entry in enumerate(entries)]
@@ -246,9 +242,7 @@ def test_entries_without_an_id_and_entries_that_stand_twice(
     assert found == sorted([*(e["post_id"] for e in entries), *(f"posts{i}" for i in range(3))])
 
 
-def test_metrics_leave_out_earlier_posts_without_scores(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metrics_need_earlier_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without ``scores`` the output does not hold what metrics are computed of."""
     output, more = folder / "t.jsonl", ["--set", "scores=false"]
     infer_part(folder, output, *more)

@@ -109,7 +109,7 @@ def plain_ece(scores: list[float], truth: list[bool], bins: int = 15) -> float:
     return total / len(scores)
 
 
-def test_every_subset_is_the_gap_of_posts_that_have_only_it(
+def test_subsets_have_the_gap_of_posts_with_only_them(
     trained: tuple[Path, TrainReport],
 ) -> None:
     """31 subsets, each equal to inference on features from which the others were taken away."""

@@ -35,9 +35,7 @@ def run_folders(save_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: path.stat().st_ctime_ns)
 
 
-def test_a_second_run_leaves_the_first_as_it_is(
-    few_posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_second_runs_leave_the_first(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`latest` leads to the newest run; the replaced bundle is kept; `--resume` goes on."""
     config = ["--model_config", str(runs.config_file(few_posts, trainer=ONE))]
     save, bundle = few_posts / "run", few_posts / "bundle"
@@ -79,9 +77,7 @@ def test_a_second_run_leaves_the_first_as_it_is(
         ("../elsewhere/run/ckpt/last.pt", False),
     ],
 )
-def test_only_the_last_checkpoint_goes_on_in_its_folder(
-    resume: str, goes_on: bool, tmp_path: Path
-) -> None:
+def test_the_last_checkpoint_keeps_its_folder(resume: str, goes_on: bool, tmp_path: Path) -> None:
     """Weights, and runs of another `save_dir`, begin a new folder."""
     fabric, save = Fabric(accelerator="cpu", devices=1), tmp_path / "save"
     (save / "one" / "ckpt").mkdir(parents=True)
@@ -100,9 +96,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 # Runs that cannot begin
 
 
-def test_a_run_that_cannot_begin_leaves_the_latest(
-    few_posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_false_start_leaves_latest(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong data file or checkpoint: `--resume` finds the earlier run, and no folder is made."""
     config = runs.config_file(few_posts, trainer=ONE)
     assert train_net.main(["--model_config", str(config)]) == 0

@@ -127,9 +127,7 @@ def test_weights_of_neighbours_are_a_start_of_any_length(few_posts: Path) -> Non
         ("knn", {}),
     ],
 )
-def test_modalities_together_are_no_worse_than_one_by_one(
-    name: str, own: dict[str, Any], posts: Path
-) -> None:
+def test_modalities_together_are_no_worse(name: str, own: dict[str, Any], posts: Path) -> None:
     """At least the average of what each tells alone, which is that of the late model's heads."""
     options: dict[str, Any] = {"optimizer": {"learning_rate": 0.01}, "report": {"enabled": True}}
     model = {"name": name, name: own} if own else {"name": name}
@@ -156,9 +154,7 @@ def test_a_training_with_auto_writes_the_model_that_it_took(few_posts: Path) -> 
     assert read_about(few_posts / "bundle").model.name == "linear_probe"
 
 
-def test_the_commands_train_infer_and_agree(
-    few_posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_and_inference_agree(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All options of training; then GAP of validation, inference and the written scores agree."""
     folder = few_posts
     given = ["--model_config", str(runs.config_file(folder)), "--batch_size", "12"]

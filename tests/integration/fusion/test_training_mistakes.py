@@ -106,9 +106,7 @@ def spoil(folder: Path) -> None:
     support.spoil_features(folder, "train20")
 
 
-def test_bad_posts_are_listed_and_left_out(
-    few_posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_posts_are_only_listed(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(few_posts)
     config = runs.config_file(few_posts, trainer=ONE)
     assert train_net.main(["--model_config", str(config), "--skip_bad"]) == 0
@@ -139,9 +137,7 @@ def test_a_split_of_bad_posts_alone_is_an_error(few_posts: Path) -> None:
         runs.run(few_posts, data={"skip_bad": True})
 
 
-def test_tags_without_posts_are_named_and_training_goes_on(
-    few_posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tags_without_posts_are_named(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A warning with the tags' names, in the terminal and in the log."""
     entries = json.loads((few_posts / "train.json").read_text())
     for entry in entries:

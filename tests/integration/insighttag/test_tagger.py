@@ -181,9 +181,7 @@ def test_a_tagger_of_another_process_says_so(tagger: Tagger) -> None:
     assert tagger.tag(text="cat").tags
 
 
-def test_a_missing_folder_for_temporary_files_is_named(
-    tagger: Tagger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_tmpdir_is_named(tagger: Tagger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     with pytest.raises(ConfigError, match=r"TMPDIR.*: No such file"):
         tagger.tag(text="cat")

@@ -208,9 +208,7 @@ def test_a_deleted_queue_is_declared_again(rabbitmq: RabbitMQServer, queue_name:
 
 
 @pytest.mark.rabbitmq
-def test_the_broker_dead_letters_what_kills_every_consumer(
-    rabbitmq: RabbitMQServer, queue_name: str
-) -> None:
+def test_what_kills_consumers_is_a_dead_letter(rabbitmq: RabbitMQServer, queue_name: str) -> None:
     settings = settings_for(rabbitmq.url, queue_name, delivery_limit=2)
     publish_posts(settings, [PostMessage("poison")])
     for _ in range(3):

@@ -96,9 +96,7 @@ def test_the_queue_empties_while_nothing_can_be_published(full: Full) -> None:
         consumer.until(lambda: PostMessage("at last").encode() in consumer.bodies)
 
 
-def test_a_command_and_its_many_posts_end_in_one_line(
-    full: Full, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refused_command_is_one_line(full: Full, capsys: pytest.CaptureFixture[str]) -> None:
     """``insighttag publish`` says that it is not possible now, soon and with exit code 1."""
     publish_posts(full.settings, [PostMessage("p1"), PostMessage("p2")])
     with full.made_full():

@@ -33,9 +33,7 @@ def test_odd_properties_cost_nobody_anything(rabbitmq: RabbitMQServer, queue_nam
     assert not any(delivery.redelivered for delivery in consumer.got)
 
 
-def test_a_body_is_never_decoded_by_the_charset_that_it_names(
-    rabbitmq: RabbitMQServer, queue_name: str
-) -> None:
+def test_no_body_is_decoded_by_its_own_charset(rabbitmq: RabbitMQServer, queue_name: str) -> None:
     settings = settings_for(rabbitmq.url, queue_name, heartbeat_s=10, socket_timeout_s=5)
     publish_posts(settings, [])
     charset = ODD_PROPERTIES["a charset that makes half characters"]

@@ -48,9 +48,7 @@ def secure_url(broker_server: RedisServer | RabbitMQServer, certificate: Path) -
         yield url.replace(f":{broker_server.port}/", f":{proxy.port}/")
 
 
-def test_a_known_certificate_is_accepted(
-    secure_url: str, certificate: Path, queue_name: str
-) -> None:
+def test_a_known_certificate_is_taken(secure_url: str, certificate: Path, queue_name: str) -> None:
     """With its authority named in the URL, posts go there and back."""
     settings = settings_for(f"{secure_url}?ssl_ca_certs={certificate}", queue_name)
     with connected(settings) as broker:

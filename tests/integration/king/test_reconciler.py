@@ -109,9 +109,7 @@ def test_batches_are_bounded_and_the_lease_decides(mongo: Store) -> None:
     assert len(lost_messages(mongo, later, 60, 3)) == 3
 
 
-def test_database_that_refuses_the_lease_costs_one_period(
-    mongo: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_lease_costs_one_period(mongo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """No right to write leases is a line in the log, and nothing waits for it."""
 
     def refuse(*_: object) -> bool:
@@ -123,9 +121,7 @@ def test_database_that_refuses_the_lease_costs_one_period(
     assert [line["event"] for line in logs] == ["king.reconcile_failed"]
 
 
-def test_lost_post_is_tagged_and_two_kings_publish_it_once(
-    tmp_path: Path, mongo_url: str, unique_name: str
-) -> None:
+def test_a_lost_post_is_published_once(tmp_path: Path, mongo_url: str, unique_name: str) -> None:
     settings = mongo_settings(mongo_url, unique_name)
     store = mongo_store(mongo_url, unique_name)
     store.client.posts.insert_many([{"_id": f"p{i}", "text": "x"} for i in range(4)])

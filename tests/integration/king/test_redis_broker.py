@@ -39,9 +39,7 @@ def client(redis_server: RedisServer) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random", "volatile-ttl", "noeviction"])
-def test_a_server_that_may_delete_the_queue_is_named(
-    settings: BrokerSettings, client: Any, policy: str
-) -> None:
+def test_a_deleting_server_is_named(settings: BrokerSettings, client: Any, policy: str) -> None:
     """The queue's keys never expire, so that only the policies of all keys choose among them."""
     client.config_set("maxmemory-policy", policy)
     try:
@@ -190,9 +188,7 @@ def test_leases_without_messages_hold_up_nobody(settings: BrokerSettings, client
         assert client.keys(f"{settings.queue}*") == []
 
 
-def test_acks_before_a_lost_connection_are_sent_after_it(
-    settings: BrokerSettings, client: Any
-) -> None:
+def test_acks_of_lost_connections_are_sent_later(settings: BrokerSettings, client: Any) -> None:
     with connected(settings) as broker:
         consumer = Consumer(broker)
         consumer.take(5)

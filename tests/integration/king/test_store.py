@@ -157,7 +157,7 @@ def test_same_bundle_tags_once_unless_forced(rig: StoreRig) -> None:
     assert isinstance(begin_one(rig.store, "p1", force=True), Started)
 
 
-def test_partial_tags_are_tried_again_after_a_pause_a_bounded_number_of_times(
+def test_partial_tags_are_tried_again_after_a_pause_a_few_times(
     rig: StoreRig,
 ) -> None:
     """Too early, the message is settled; then each try is one attempt, until they are used up."""
@@ -364,9 +364,7 @@ def test_two_kings_that_claim_at_once_share_out(rig: StoreRig) -> None:
     assert [type(v) for v in verdicts] == [Started, HeldElsewhere, HeldElsewhere]
 
 
-def test_claims_between_reading_and_writing_are_seen(
-    mongo: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_claims_after_reading_are_seen(mongo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A King that loses the race after it has read the job learns it from the write."""
     mongo.client.posts.insert_many([{"_id": "new"}, {"_id": "old"}, {"_id": "free"}])
     mongo.client.jobs.insert_one(Job("old", "queued", attempts=1, due_at=NOW + 900).as_document())

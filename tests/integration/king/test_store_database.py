@@ -23,9 +23,7 @@ from tests.support.king.store_rig import NOW, begin_one, context, mongo_store, s
 from tests.support.services import MongoServer
 
 
-def test_the_embedded_database_is_asked_for_no_id_that_it_cannot_update(
-    mongo_url: str, unique_name: str
-) -> None:
+def test_embedded_databases_get_ids_that_they_can_update(mongo_url: str, unique_name: str) -> None:
     """It finds some by a query that takes another way, and their results would be lost."""
     store = mongo_store(mongo_url, unique_name)
     if not store.client.is_embedded:

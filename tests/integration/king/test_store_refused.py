@@ -175,9 +175,7 @@ def test_question_that_has_no_bson_is_refused(mongo: Store, value: Any) -> None:
         list(mongo.queries.matching_ids({"n": value}))
 
 
-def test_job_that_is_refused_whatever_it_says_is_unrecorded(
-    mongo: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_always_refused_jobs_are_unrecorded(mongo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a validator would: the outcome comes back to be finished again, the others are written."""
     StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(2)))
     begun = [started(mongo, "p0"), started(mongo, "p1")]

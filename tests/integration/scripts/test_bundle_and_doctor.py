@@ -174,9 +174,7 @@ def test_where_nothing_is_wrong_it_ends_with_0_and_starts_nothing(
     assert not (site / "embedded").exists()
 
 
-def test_servers_that_are_down_are_named_within_seconds(
-    capsys: pytest.CaptureFixture[str], site: Path
-) -> None:
+def test_servers_that_are_down_are_named(capsys: pytest.CaptureFixture[str], site: Path) -> None:
     began = time.monotonic()
     words = ["doctor", "--quick", "--config", str(site / "settings.yaml")]
     words += ["--set", "broker.url=redis://:secret@127.0.0.1:1"]
@@ -246,9 +244,7 @@ def test_a_fault_has_its_remedy(
     assert remedy in check["remedy"]
 
 
-def test_a_taken_port_and_a_king_that_died_are_warnings(
-    capsys: pytest.CaptureFixture[str], site: Path
-) -> None:
+def test_ports_and_dead_kings_are_warnings(capsys: pytest.CaptureFixture[str], site: Path) -> None:
     health = site / "run" / "king.json"
     health.parent.mkdir(exist_ok=True)
     content = {"pid": os.getpid(), "phase": "serving", "updated_at": time.time()}

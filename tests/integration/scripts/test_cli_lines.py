@@ -60,9 +60,7 @@ def test_a_line_that_names_no_post_is_refused(
     assert not (tmp_path / "embedded").exists()
 
 
-def test_bad_lines_are_counted_and_the_first_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_first_bad_lines_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file of the wrong kind is one line of complaint, not a thousand."""
     file = tmp_path / "posts.csv"
     file.write_text("".join(f"p{i}, some text\n" for i in range(1000)))
@@ -121,9 +119,7 @@ def test_a_message_without_an_id_is_no_unknown_letter(
     assert command("dead", "drop", "message:1f")[:2] == (0, "dropped 1\n")
 
 
-def test_only_the_services_that_are_needed_are_started(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_needed_services_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A queue is filled without a database, dead letters are read without a queue; posts wait."""
     command = Command(tmp_path, capsys)
 

@@ -164,9 +164,7 @@ def test_servers_that_are_down_are_critical(
     assert "127.0.0.1" in checks["database"]["text"]
 
 
-def test_embedded_services_that_are_off_are_not_started(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embedded_services_stay_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A monitor changes nothing."""
     file = tmp_path / "settings.yaml"
     file.write_text(f"embedded: {{folder: {tmp_path / 'embedded'}}}")
@@ -177,9 +175,7 @@ def test_embedded_services_that_are_off_are_not_started(
     assert not (tmp_path / "embedded").exists()
 
 
-def test_requeue_publishes_what_has_neither_result_nor_job(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_requeue_publishes_what_is_lost(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """It says how many, and leaves what is tagged, failed, waiting or dead."""
     for post_id in ("a", "b", "tagged", "waiting", "dead"):
         place.post(post_id)

@@ -33,9 +33,7 @@ def values(bundle: Path) -> list[float]:
     return [round(float(value), 6) for value in load_bundle(bundle).thresholds]
 
 
-def test_a_change_is_a_new_version_of_the_same_model(
-    bundle: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_change_is_a_new_version(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only bundle.yaml is written; the version before is kept, and metrics at it are gone."""
     before, others = newest_version(bundle), ("model.safetensors", "labels.json")
     stats = [(bundle / name).stat().st_ino for name in others]

@@ -57,9 +57,7 @@ def test_the_best_values_are_a_config_and_a_killed_search_goes_on(
     assert f"gap {best.value:.4f}" in capsys.readouterr().out
 
 
-def test_a_trial_that_diverges_ends_alone(
-    few_posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_diverging_trial_ends_alone(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A learning rate without a finite loss is one bad trial, and no end of the search."""
     hopeless = ("--search", "optimizer.learning_rate=1e30|2e30")
     assert run(asked(few_posts, 3, *hopeless)) == 2

@@ -439,9 +439,7 @@ def test_workers_that_cannot_load_now_are_started_again(publisher: FlaskServer) 
 
 
 @pytest.mark.rabbitmq
-def test_a_broker_with_an_alarm_silences_nobody(
-    publisher: FlaskServer, rabbitmq: RabbitMQServer
-) -> None:
+def test_an_alarm_silences_nobody(publisher: FlaskServer, rabbitmq: RabbitMQServer) -> None:
     """More posts than there are threads: 503 and when to try again, while others are answered."""
     url = publisher.url
     wait_until(lambda: publisher.answer("/healthz") is not None, 120, "the server")

@@ -97,9 +97,7 @@ def test_off_there_is_no_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "asr" not in {*header.fingerprints, *header.statuses, *header.inputs}
 
 
-def test_it_is_trained_reported_and_served(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_is_trained_reported_and_served(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bundle with it scores each subset, tags, and is refused where ASR is off."""
     data = json.loads((folder / "posts.json").read_text("utf-8"))
     arguments = ["--config", str(folder / "on.yaml"), "--input", str(folder / "posts.json")]

@@ -69,9 +69,7 @@ def test_errors_that_nobody_foresaw_in_a_download(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("kind", MEDIA_KINDS)
-def test_a_download_that_was_taken_away_before_it_was_decoded(
-    tmp_path: Path, kind: MediaKind
-) -> None:
+def test_a_download_that_goes_before_it_was_decoded(tmp_path: Path, kind: MediaKind) -> None:
     """Or cannot be opened for want of descriptors; a broken file stays the post's fault."""
     arena = Arena.private(1, 1 << 24)
     task = DecodeTask(kind, str(tmp_path / "file"), 0)

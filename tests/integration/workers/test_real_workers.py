@@ -311,9 +311,7 @@ def restart(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("damage", ["half", "another", "away"])
-def test_the_last_good_bundle_is_served_where_it_is_broken(
-    driver: Driver, site: Site, damage: str
-) -> None:
+def test_the_last_good_bundle_is_served(driver: Driver, site: Site, damage: str) -> None:
     version = write_bundle(site.bundle, site.suite, seed=4, members=2)
     before = ("small", version)
     driver.until(lambda: driver.pool.bundle == before)

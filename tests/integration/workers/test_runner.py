@@ -213,9 +213,7 @@ def test_what_may_pass_is_tried_as_often_as_the_policy_says(made: Made, attempts
 
 
 @pytest.mark.parametrize("fails", [1, ATTEMPTS - 1, ATTEMPTS])
-def test_a_host_that_is_down_costs_attempts_and_at_last_its_modality(
-    made: Made, fails: int
-) -> None:
+def test_a_host_that_is_down_costs_attempts_then_its_modality(made: Made, fails: int) -> None:
     """The others' features are there in the end; a host that comes back in time costs nothing."""
     down = Failure("fetch", "FetchRetryable", "HTTP 503", retryable=True)
     runner, pool = made(Scripted({"fetch": [down] * fails}))

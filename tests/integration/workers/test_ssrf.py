@@ -345,9 +345,7 @@ def test_name_with_public_and_private_addresses(net: Net, tmp_path: Path) -> Non
     assert net.trap.connections == 0
 
 
-def test_proxies_of_the_environment_are_not_used(
-    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxies_are_not_used(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy would make the connection in our place, without the check."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{net.trap.server_port}")

@@ -22,9 +22,7 @@ def test_a_digest_is_that_of_the_content(tmp_path: Path) -> None:
         file_digest(tmp_path / "none")
 
 
-def test_a_file_is_the_new_one_or_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_the_new_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails before the end leaves what was there, and nothing beside it."""
     path = tmp_path / "folder" / "file"
     write_whole(path, b"old")

@@ -47,9 +47,7 @@ def test_reconnections_are_quick_but_not_at_once() -> None:
         ("extract", "FeatureError", False, False),
     ],
 )
-def test_failures_that_cost_an_attempt(
-    stage: str, type_: str, retryable: bool, costs: bool
-) -> None:
+def test_failures_that_cost_attempts(stage: str, type_: str, retryable: bool, costs: bool) -> None:
     failure = Failure(stage, type_, "x", retryable=retryable)
     assert RetryPolicy.costs_attempt(stage, failure) is costs
 

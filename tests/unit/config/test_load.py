@@ -29,9 +29,7 @@ def yaml(folder: Path, text: str) -> Path:
     return file
 
 
-def test_precedence_is_file_then_environment_then_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precedence_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each later source wins, key by key; what no source names keeps its default."""
     file = yaml(
         tmp_path,
@@ -121,9 +119,7 @@ def test_mistakes_in_the_environment_are_blamed_on_it(
     assert "\n" not in str(caught.value)
 
 
-def test_variables_of_the_tests_are_no_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variables_of_tests_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """INSIGHTTAG_TEST_… names servers for the tests and is left alone."""
     monkeypatch.setenv("INSIGHTTAG_TEST_MONGO_URL", "mongodb://h")
     assert load_settings(yaml(tmp_path, "")) == Settings()
@@ -239,9 +235,7 @@ def test_the_shipped_configurations_are_valid() -> None:
         ("null", None),
     ],
 )
-def test_an_address_of_metrics_is_a_port_of_loopback_or_names_its_host(
-    written: str, address: str | None
-) -> None:
+def test_metrics_are_on_a_local_port_or_a_named_host(written: str, address: str | None) -> None:
     assert load_settings(Path("/dev/null"), [f"king.metrics={written}"]).king.metrics == address
 
 

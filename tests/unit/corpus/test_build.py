@@ -95,9 +95,7 @@ def test_what_cannot_be_learned_from_is_named_with_its_reason(tmp_path: Path) ->
     assert summary["done"] == 60
 
 
-def test_json_is_one_object_of_files_and_counts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_has_files_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _corpus(tmp_path, [_post(n) for n in range(60)])
     assert _build(tmp_path, "--json") == 0
     printed = capsys.readouterr()
@@ -201,9 +199,7 @@ def test_a_smaller_split_leaves_no_old_side(tmp_path: Path) -> None:
     ]
 
 
-def test_kept_posts_stay_and_new_ones_join(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kept_posts_stay_new_ones_join(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A grown corpus: the test set of before stays one; a link to it pulls a training post over."""
     posts = [_post(i) for i in range(60)]
     _corpus(tmp_path, posts)
@@ -232,9 +228,7 @@ def _sides(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl"])
-def test_an_exact_split_is_taken_as_it_is(
-    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exact_split_stays(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Linked posts too, which are counted; posts that it does not name are left out."""
     posts = [_post(i, author="all of one") for i in range(40)]
     _corpus(tmp_path, posts)

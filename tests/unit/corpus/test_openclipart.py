@@ -53,7 +53,7 @@ def test_a_drawing_becomes_a_post(tmp_path: Path) -> None:
     assert drawing.picture == tmp_path / "png/animals/fish.png"
 
 
-def test_links_equal_pictures_and_folders_without_subjects_give_no_post_of_their_own(
+def test_links_equal_pictures_and_folders_without_subjects_give_no_post(
     tmp_path: Path,
 ) -> None:
     _draw(tmp_path, "animals/fish", ["fish"])
@@ -81,9 +81,7 @@ def test_labels_are_carried_often_and_name_neither_medium_nor_creator(tmp_path: 
     assert choose_labels(drawings, 3) == {"fish": 3}
 
 
-def test_the_command_writes_a_data_file_and_a_label_map(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_data_file_and_a_label_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _draw(tmp_path, "animals/fish", ["fish"])
     _draw(tmp_path, "animals/hare", ["mammal", "fish"], author="Anonymous", shade=1)
     _draw(tmp_path, "animals/moss", ["moss"], shade=2)

@@ -67,9 +67,7 @@ def test_line_is_read_and_written_alike(tmp_path: Path) -> None:
         (b'{"post_id": "\xff"}', "not UTF-8", None),
     ],
 )
-def test_bad_line_is_named_and_passed_over(
-    tmp_path: Path, line: bytes, reason: str, post_id: str | None
-) -> None:
+def test_bad_line_is_named(tmp_path: Path, line: bytes, reason: str, post_id: str | None) -> None:
     file = tmp_path / "p.jsonl"
     file.write_bytes(
         b"\xef\xbb\xbf" + b'{"post_id": "first"}\n\n' + line + b'\n{"post_id": "last"}'
@@ -114,9 +112,7 @@ def test_data_file_is_read_by_the_same_reader(tmp_path: Path) -> None:
         ("c.json", '[{"post_id": "a"} {', "not a JSON data file"),
     ],
 )
-def test_file_that_cannot_be_read_is_named(
-    tmp_path: Path, name: str, content: str | None, said: str
-) -> None:
+def test_unreadable_file_is_told(tmp_path: Path, name: str, content: str | None, said: str) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=said):

@@ -132,9 +132,7 @@ def test_killed_between_record_and_map_the_change_is_completed(tmp_path: Path) -
     assert present == changed == LabelMap.load(labels)
 
 
-def test_a_tag_put_back_by_hand_is_a_conflict_and_stays(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tag_put_back_is_a_conflict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Looking at a map never changes it, whatever its record says."""
     labels = _map(tmp_path)
     assert run(["labels", "retire", str(labels), "drink"]) == 0
@@ -175,9 +173,7 @@ def test_open_questions_stay_open_until_they_are_answered(tmp_path: Path) -> Non
     assert not taxonomy.relabel_path(data).exists()
 
 
-def test_check_finds_every_planted_conflict(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_finds_planted_conflicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Look-alikes, unknown tags, tags that were renamed, tags without posts, another bundle."""
     clean = _map(tmp_path)
     data = _data(tmp_path, [[name] for name in NAMES])

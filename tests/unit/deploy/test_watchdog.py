@@ -129,9 +129,7 @@ def test_anything_that_moves_ends_the_starvation(moved: str) -> None:
 
 
 @pytest.mark.parametrize(("away_s", "stalled"), [(1, True), (4, True), (6, False)])
-def test_connecting_anew_does_not_end_the_starvation_but_an_outage_does(
-    away_s: int, stalled: bool
-) -> None:
+def test_connecting_anew_ends_no_starvation_but_an_outage_does(away_s: int, stalled: bool) -> None:
     """Each nudge makes the King connect anew, and its file may show that: it has cured nothing."""
     story = Story()
     story.backlog = 3

@@ -126,9 +126,7 @@ def test_the_stream_is_the_text_encoders_vector_of_the_words(folder: Path) -> No
     suite.close()
 
 
-def test_the_fingerprint_holds_the_model_its_options_and_the_text_encoder(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_the_fingerprint_holds_the_models_and_their_options(folder: Path, tmp_path: Path) -> None:
     """What changes the words or their vector changes it; a batch size does not."""
 
     def made_with(features: FeatureSettings) -> str:

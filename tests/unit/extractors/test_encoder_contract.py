@@ -213,9 +213,7 @@ def keep_the_contract(family: Family, path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "dinov3"])
-def test_pictures_are_normalised_as_their_processor_says(
-    name: str, checkpoint: Callable[[Make], Path]
-) -> None:
+def test_pictures_are_normalised_as_told(name: str, checkpoint: Callable[[Make], Path]) -> None:
     from transformers import AutoModel
 
     path = checkpoint(tiny_encoders.PICTURES[name])
@@ -256,9 +254,7 @@ def test_naflex_sees_all_of_a_picture(checkpoint: Callable[[Make], Path]) -> Non
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2 naflex"])
-def test_siglip_texts_are_lower_cased_and_padded_to_64(
-    name: str, checkpoint: Callable[[Make], Path]
-) -> None:
+def test_siglip_texts_are_lower_and_64_long(name: str, checkpoint: Callable[[Make], Path]) -> None:
     """Case and punctuation do not matter, and no mask is given, as the models were trained."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -541,7 +537,7 @@ def test_bad_settings_are_one_line(
         assert word in str(caught.value)
 
 
-def test_code_of_a_model_runs_where_it_is_trusted_and_the_log_says_so(
+def test_trusted_code_runs_and_the_log_says_so(
     checkpoint: Callable[[Make], Path],
 ) -> None:
     arch = str(checkpoint(own_code))
@@ -564,9 +560,7 @@ def test_a_missing_package_names_its_command(monkeypatch: pytest.MonkeyPatch) ->
         assert "features.image.weights" in str(caught.value)
 
 
-def test_a_package_with_another_checksum_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = PACKAGES["tf_efficientnet_lite0"]
     file = tmp_path / package.path
     file.parent.mkdir(parents=True)

@@ -130,9 +130,7 @@ def test_frames_that_look_alike_are_read_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "apart"), [(160, 1), (180, 0), (320, 0)])
 @pytest.mark.parametrize("mode", ["keyframes", "auto"])
-def test_large_key_frames_are_left_as_blocks(
-    tmp_path: Path, mode: str, size: int, apart: float
-) -> None:
+def test_large_key_frames_stay_blocks(tmp_path: Path, mode: str, size: int, apart: float) -> None:
     """They hardly show where frames are more than halved for the encoder; others are smoothed."""
     scenes: Any = [cv2.resize(media.noise(16, 9, seed), (640, 360)) for seed in range(4)]
     path = media.write_video(

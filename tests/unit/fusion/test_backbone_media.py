@@ -167,9 +167,7 @@ def test_saved_weights_load_in_the_extractor(tmp_path: Path) -> None:
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-def test_weights_that_do_not_reach_the_disk_are_no_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_written_weights_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are on the disk before they get their name; those from before stay."""
     out = tmp_path / "weights" / "x.safetensors"
     model = torch.nn.Linear(3, 2)

@@ -256,9 +256,7 @@ def chooser(rules: dict[str, Any]) -> TagChooser:
         ({"rename": {"tag0": "tag4"}, "max_tags": 1}, [(4, 0.8)]),
     ],
 )
-def test_rules_choose_among_the_tags(
-    rules: dict[str, Any], tags: list[tuple[int | str, float]]
-) -> None:
+def test_rules_choose_the_tags(rules: dict[str, Any], tags: list[tuple[int | str, float]]) -> None:
     """Thresholds first, then at least and at most so many; two tags that are one keep the best."""
     found, _ = chooser(rules).choose(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
     assert [(tag.id, tag.score) for tag in found] == tags

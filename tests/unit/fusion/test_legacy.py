@@ -95,9 +95,7 @@ def test_one_module_called_module_keeps_its_name(tmp_path: Path) -> None:
     assert load_weights(tmp_path / "w.pth").keys() == state.keys()
 
 
-def test_a_whole_model_is_read_when_allowed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_whole_model_is_read_if_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``allow_pickle: true`` in the config, DataParallel or not: the scores of that model."""
     folder = rig.make(tmp_path, posts=5)
     rig.write_bundle(folder / "best", seed=5)
@@ -115,9 +113,7 @@ def test_a_whole_model_is_read_when_allowed(
         assert [line["scores"] for line in rig.lines(output)] == wanted
 
 
-def test_a_model_whose_code_is_not_here_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_without_its_code_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = ModuleType("elsewhere")
     net = type("Net", (torch.nn.Linear,), {"__module__": "elsewhere"})
     monkeypatch.setattr(elsewhere, "Net", net, raising=False)

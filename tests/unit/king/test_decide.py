@@ -28,9 +28,7 @@ RUNNING = Job("p", "running", 1, owner="k2", lease_until=NOW + 9)
         (Job("p", "dead", 3), {"redelivered": True, "force": True}, "restart"),
     ],
 )
-def test_claims_are_decided_by_the_state_of_the_job(
-    job: Job | None, message: dict[str, bool], decision: str
-) -> None:
+def test_jobs_decide_on_claims(job: Job | None, message: dict[str, bool], decision: str) -> None:
     """King k1 claims, with three attempts at a post; the King named dead is known to be dead."""
     rules = context(is_dead=lambda owner: owner == "dead")
     assert decide(job, claim("p", **message), rules) == decision

@@ -53,9 +53,7 @@ def test_media_come_in_many_shapes(
         ({"text": {"zh": "a", "en": "b"}}, {"text": "text.zh"}, "a"),
     ],
 )
-def test_text_comes_in_many_shapes(
-    document: dict[str, Any], paths: dict[str, str], text: str
-) -> None:
+def test_texts_of_many_shapes(document: dict[str, Any], paths: dict[str, str], text: str) -> None:
     post, unread = read_fields("p", document, FieldMap(**paths))
     assert (post.text, unread) == (text, [])
 

@@ -25,9 +25,7 @@ from tests.support.services import wait_until
 from workers.protocol import FuseTask, Task
 
 
-def test_drain_mode_waits_for_retries_and_exits_zero(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drain_mode_waits_for_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --drain the King ends by itself, after the queue, the posts in flight and the retries.
 
     On a terminal it shows how far it is.
@@ -127,7 +125,7 @@ def test_a_king_that_has_served_ends_with_1_where_it_would_have_refused(tmp_path
     assert str(it.error) == "weights have changed"
 
 
-def test_a_refused_reconnection_is_tried_again_and_a_refused_first_one_is_not(
+def test_a_refused_reconnection_is_tried_again_a_refused_first_one_is_not(
     tmp_path: Path,
 ) -> None:
     """A limit of connections may be reached whenever the connection is lost."""

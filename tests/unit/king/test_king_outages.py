@@ -183,9 +183,7 @@ def test_drain_with_the_database_away_ends_in_time(tmp_path: Path) -> None:
     assert store.jobs["p1"].state == "running"  # whose lease will run out
 
 
-def test_orphans_of_a_dead_king_are_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dead_kings_orphans_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("king.store_thread._RELEASE_AFTER_S", 0.1)
     monkeypatch.setattr("king.king.is_dead", lambda owner: owner == "dead")
     store, broker = FakeStore(posts("p1")), MemoryBroker()

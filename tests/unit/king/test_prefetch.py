@@ -58,9 +58,7 @@ def test_media_in_work_are_those_downloading_decoding_and_decoded() -> None:
         (512, 3, 34),
     ],
 )
-def test_as_many_are_in_hand_as_passed_in_half_a_second(
-    width: int, acknowledged: int, following: int
-) -> None:
+def test_as_many_as_passed_in_half_a_second(width: int, acknowledged: int, following: int) -> None:
     assert Prefetch(34, 34, 512).after(width, acknowledged) == following
     assert Prefetch(34, 34, 34).after(34, acknowledged) == 34
 

@@ -73,7 +73,7 @@ def ids(span: ReadableSpan) -> tuple[int, int]:
     return context.trace_id, context.span_id
 
 
-def test_an_attempt_is_a_span_with_its_stages_one_after_the_other(
+def test_an_attempt_is_a_span_of_stages(
     spans_of: Callable[..., dict[str, ReadableSpan]],
 ) -> None:
     spans = spans_of(tagged())

@@ -58,9 +58,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_list_names_what_is_served_kept_on_trial_and_broken(
-    shop: Shop, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_list_names_every_kind_of_bundle(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     assert shop.run("shadow", str(shop.folder / "new")) == 0
     assert shop.run("use", str(shop.folder / "new")) == 0
     (shop.write("broken", "20260102T000000Z") / "labels.json").unlink()
@@ -227,9 +225,7 @@ def test_a_trial_ends_without_a_trace(shop: Shop, capsys: pytest.CaptureFixture[
     assert "no bundle on trial" in capsys.readouterr().out
 
 
-def test_two_bundles_are_compared_on_posts_with_labels(
-    shop: Shop, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bundles_are_compared_on_labels(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     other = shop.write("other", NEW)  # of fresh weights
     data = support.write_posts(shop.folder / "data", "valid", 12, seed=3)
     assert shop.run("compare", str(shop.served), str(other), "--data", str(data), "--json") == 0
@@ -247,9 +243,7 @@ def test_two_bundles_are_compared_on_posts_with_labels(
     assert "GAP@20" in capsys.readouterr().out
 
 
-def test_two_outputs_are_compared_by_their_tags(
-    shop: Shop, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_outputs_are_compared_by_tags(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     def line(post: str, **tags: float) -> str:
         named = [{"id": 0, "name": name, "score": score} for name, score in tags.items()]
         return json.dumps({"post_id": post, "tags": named, "labels": ["a"]})

@@ -43,9 +43,7 @@ def levels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (("--quiet",), "error"),
     ],
 )
-def test_verbosity_holds_for_one_command(
-    words: tuple[str, ...], level: str, levels: list[str]
-) -> None:
+def test_verbosity_of_one_command(words: tuple[str, ...], level: str, levels: list[str]) -> None:
     assert run([*words, "status"]) == 0
     assert levels == [level]
     assert _LEVEL not in os.environ
@@ -220,9 +218,7 @@ def test_settings_of_a_new_project_are_those_of_its_preset(
         assert not any(".py" in line or "python " in line for line in rest), "nothing of a checkout"
 
 
-def test_what_is_there_is_not_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config" / "train_config.yaml"
     file.parent.mkdir()
     file.write_text("mine")

@@ -122,9 +122,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("models")
-def test_results_are_printed_as_table_and_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_as_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "settings.yaml"
     config.write_text("{}")
     posts = [{"post_id": "a", "text": "cat"}, {"post_id": "b", "text": "?"}, {"post_id": "empty"}]

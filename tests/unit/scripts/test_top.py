@@ -93,9 +93,7 @@ def test_a_line_says_it_all(looks: Looks, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("process", "told"), [("other", "last seen"), (None, "not running")])
-def test_a_king_that_is_gone_has_no_workers(
-    process: str | None, told: str, looks: Looks, tmp_path: Path
-) -> None:
+def test_no_king_no_workers(process: str | None, told: str, looks: Looks, tmp_path: Path) -> None:
     if process is not None:
         health(tmp_path / "king.json", 1, 2, 3, process=process)
     look = looks.look()
@@ -112,9 +110,7 @@ def test_lines_of_nvidia_smi(text: str, gpus: list[tuple[float, ...]]) -> None:
     assert read_gpus("0, [N/A], 1, 2") == [{"index": 0, "used_mib": 1, "total_mib": 2}]
 
 
-def test_once_prints_one_document_or_one_screen(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_once_is_a_document_or_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["top", "--once", "--set", f"king.health_file={tmp_path / 'king.json'}"]
     words += ["--set", f"embedded.folder={tmp_path / 'e'}"]
     assert run([*words, "--json"]) == 0

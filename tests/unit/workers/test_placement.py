@@ -115,9 +115,7 @@ def test_what_was_measured_here_is_taken(tmp_path: Path) -> None:
         (TWO, {"ocr": {"engine": "openvino"}}),
     ],
 )
-def test_another_host_or_other_encoders_have_the_rule(
-    tmp_path: Path, host: Host, features: dict[str, Any]
-) -> None:
+def test_others_have_the_rule(tmp_path: Path, host: Host, features: dict[str, Any]) -> None:
     file = tmp_path / "host.yaml"
     write_measured(file, TWO, Settings().features, TUNED, {})
     assert place(settings_with(file, features=features), host).source == "rule"
@@ -204,9 +202,7 @@ def test_the_log_says_where_the_numbers_are_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quota", "count"), [("100000 100000", 1), ("max 100000", None), ("", None), ("10 0", None)]
 )
-def test_a_quota_of_the_container_limits_the_cores(
-    tmp_path: Path, quota: str, count: int | None
-) -> None:
+def test_a_containers_quota_limits_cores(tmp_path: Path, quota: str, count: int | None) -> None:
     (tmp_path / "cpu.max").write_text(quota, encoding="ascii")
     unlimited = cores(tmp_path / "absent")
     assert cores(tmp_path / "cpu.max") == (count or unlimited)

@@ -228,9 +228,7 @@ def test_what_is_read_keeps_the_order_of_the_media() -> None:
         ({"embed text": BROKEN}, "text"),
     ],
 )
-def test_a_broken_side_is_told_and_the_rest_goes_on(
-    fails: dict[str, Failure], modality: Any
-) -> None:
+def test_a_broken_side_is_told_the_rest_goes_on(fails: dict[str, Failure], modality: Any) -> None:
     plan = plan_of(Post("p", "own", (IMAGE, VIDEO, SOUND)))
     walk(plan, fails)
     features = plan.features()
