@@ -77,8 +77,8 @@ _PICTURES: Mapping[str, Callable[[Path], object]] = MappingProxyType(
             path, np.dstack([media.noise(40, 30)] * 2)[..., :4]
         ),
         "moving.png": lambda path: media.write_animation(path, media.grey_steps(4)),
-        "still.gif": lambda path: media.write_gif(path, [media.quadrants(64, 48)]),
-        "moving.gif": lambda path: media.write_gif(path, media.grey_steps(6)),
+        "still.gif": lambda path: media.write_animation(path, [media.quadrants(64, 48)]),
+        "moving.gif": lambda path: media.write_animation(path, media.grey_steps(6)),
         "still.webp": lambda path: media.write_webp(path, media.noise(64, 48)),
         "moving.webp": lambda path: media.write_animation(path, media.grey_steps(4)),
         "plain.bmp": lambda path: _opencv(path, media.noise(40, 30)),
@@ -102,7 +102,7 @@ _VIDEOS: Mapping[str, Callable[[Path], object]] = MappingProxyType(
         "h263.flv": lambda path: _video(path, "flv", sound="libmp3lame"),
         "mpeg2.mpg": lambda path: _video(path, "mpeg2video", sound="mp2"),
         "wmv2.wmv": lambda path: _video(path, "wmv2", sound="libmp3lame"),
-        "film.gif": lambda path: media.write_gif(path, media.grey_steps(12)),
+        "film.gif": lambda path: media.write_animation(path, media.grey_steps(12)),
     }
 )
 

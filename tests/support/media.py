@@ -121,11 +121,6 @@ def write_animation(path: Path, frames: Sequence[np.ndarray], *, frame_ms: int =
     return path
 
 
-def write_gif(path: Path, frames: Sequence[np.ndarray], *, frame_ms: int = 100) -> Path:
-    """An animated GIF."""
-    return write_animation(path, frames, frame_ms=frame_ms)
-
-
 def write_wav(path: Path, sound: Sound, rate_hz: int = 16000, *, subtype: str = "PCM_16") -> Path:
     """A WAV file."""
     soundfile.write(str(path), sound, rate_hz, format="WAV", subtype=subtype)

@@ -29,7 +29,6 @@ class MongoProxy(Proxy):
 
     @property
     def refusals_left(self) -> int:
-        """Number of writes still to be refused."""
         return self._refusal[2]
 
     def _receive(self, pair: _Pair, source: socket.socket) -> bytes:

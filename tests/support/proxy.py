@@ -58,7 +58,6 @@ class Proxy:
         self._refusing = refusing
 
     def close(self) -> None:
-        """Stop listening and close everything."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

@@ -78,7 +78,6 @@ class Server(abc.ABC):
 
     @property
     def running(self) -> bool:
-        """Tell if the process lives."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
@@ -195,7 +194,6 @@ class RedisServer(Server):
 
     @property
     def url(self) -> str:
-        """``redis://`` URL of database 0."""
         login = f":{self.password}@" if self.password else ""
         return f"redis://{login}127.0.0.1:{self.port}/0"
 
@@ -268,10 +266,6 @@ class RabbitMQServer(Server):
         """The same through another port, for a proxy."""
         return f"amqp://guest:guest@127.0.0.1:{port}//"
 
-    def start(self) -> None:
-        """Start the server and its epmd."""
-        super().start()
-
     def _start_once(self) -> None:
         if self._epmd is None or self._epmd.poll() is not None:
             epmd = self._epmd_binary()
@@ -282,7 +276,6 @@ class RabbitMQServer(Server):
         super()._start_once()
 
     def close(self) -> None:
-        """Kill the server and its epmd."""
         super().close()
         self._end_epmd()
 
@@ -396,14 +389,12 @@ class MongoServer(Server):
 
     @staticmethod
     def available() -> bool:
-        """Tell if the package is installed."""
         import importlib.util
 
         return importlib.util.find_spec("nx_27017") is not None
 
     @property
     def url(self) -> str:
-        """``mongodb://`` URL."""
         return f"mongodb://127.0.0.1:{self.port}/"
 
     def _command(self) -> list[str]:

@@ -38,7 +38,6 @@ class Corpus:
     apart: list[tuple[str, str]] = field(default_factory=list)
 
     def write(self) -> None:
-        """Write the posts file."""
         lines = [json.dumps(post, ensure_ascii=False) + "\n" for post in self.posts]
         self.file.write_text("".join(lines), encoding="utf-8")
 

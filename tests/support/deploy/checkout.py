@@ -95,10 +95,8 @@ class Checkout:
         return bool(fresh and health.get("phase") == "serving" and health["pid"] != pid)
 
     def logs(self) -> str:
-        """Everything that was logged."""
         files = [*self.run.glob("*.log"), self.folder / "out"]
         return "\n".join(f"== {f.name}\n{f.read_text()}" for f in files if f.exists())
 
     def watchdog_log(self) -> str:
-        """Return the watchdog's log."""
         return (self.run / "watchdog.log").read_text()

@@ -52,7 +52,6 @@ class _Extractor(Handler):
 
 
 def extract(context: Context) -> None:
-    """Run the extractor."""
     serve(context, _Extractor())
 
 

@@ -99,7 +99,6 @@ class FakePool:
 
     @property
     def workers(self) -> list[WorkerView]:
-        """The one worker."""
         held = len(self._running)
         return [
             WorkerView(
@@ -108,11 +107,9 @@ class FakePool:
         ]
 
     def start(self) -> None:
-        """Begin to load."""
         self._ready_at += time.monotonic()
 
     def submit(self, task: Task, *, deadline: float, priority: int = 0, turn: int = 0) -> int:
-        """Queue a task."""
         if isinstance(task, ExtractTask):
             for slot in {ref.slot for ref in task.refs}:
                 self.slots.retain(slot)
@@ -146,11 +143,9 @@ class FakePool:
         return events
 
     def wake(self) -> None:
-        """Interrupt `poll`."""
         self._woken.set()
 
     def stop(self, timeout_s: float) -> None:
-        """Forget everything."""
         del timeout_s
         self.stopped = True
         for entry in [*self._queue, *self._running]:
@@ -250,6 +245,5 @@ def decoded(kind: PartKind) -> Decoded:
 
 
 def tags_of(task: FuseTask, version: str = "1") -> Tags:
-    """One tag."""
     scores = np.array([0.9, 0.1])
     return Tags(task.features.post_id, "fake", version, (Tag(0, "sport", 0.9),), scores)

@@ -51,7 +51,6 @@ class FakeStore:
         self._require()
 
     def close(self) -> None:
-        """Nothing to close."""
         self.closed = True
 
     def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]:

@@ -37,7 +37,6 @@ class Rig:
         return broker
 
     def close(self) -> None:
-        """Close what is open."""
         for broker in self._open:
             broker.close()
 

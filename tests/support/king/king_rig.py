@@ -42,7 +42,6 @@ def king_settings(
 def fake_pool(
     folder: Path, answer: Callable[[Task], Answer] | None = None, **pool: Any
 ) -> FakePool:
-    """A pool with a spool folder."""
     spool = folder / "spool"
     spool.mkdir(parents=True, exist_ok=True)
     return FakePool(spool, answer, **pool)
@@ -87,12 +86,10 @@ class Running:
         self.join(timeout_s)
 
     def join(self, timeout_s: float = 60) -> None:
-        """Wait for the end."""
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), "the King did not end"
 
     def until(self, done: Callable[[], Any], timeout_s: float = 60) -> None:
-        """Wait until something is so."""
         end = time.monotonic() + timeout_s
         while not done():
             assert time.monotonic() < end, "not in time"
@@ -118,7 +115,6 @@ def posts(*ids: Any, **fields: Any) -> list[dict[str, Any]]:
 
 
 def queue_of(*bodies: bytes) -> MemoryQueue:
-    """A queue with messages."""
     queue = MemoryQueue()
     for body in bodies:
         queue.put(body)

@@ -26,7 +26,6 @@ class StoreRig:
         self.store: PostStore = store
 
     def insert(self, *posts: Mapping[str, Any]) -> None:
-        """Put post documents in."""
         if isinstance(self.real, FakeStore):
             self.real.posts.update({post["_id"]: dict(post) for post in posts})
         else:
@@ -39,23 +38,19 @@ class StoreRig:
         return (self.real.client.posts.find_one({"_id": document_id}) or {}).get(path)
 
     def results(self) -> dict[Any, Any]:
-        """Of every post."""
         if isinstance(self.real, FakeStore):
             return {key: post.get("insight") for key, post in self.real.posts.items()}
         return {post["_id"]: post.get("insight") for post in self.real.client.posts.find()}
 
     def job(self, post_id: str) -> Job | None:
-        """One job."""
         return self.queries.job(post_id)
 
     def the_job(self, post_id: str) -> Job:
-        """Return a job that exists."""
         job = self.job(post_id)
         assert job is not None, post_id
         return job
 
     def set_job(self, job: Job) -> None:
-        """Put a job in."""
         if isinstance(self.real, FakeStore):
             self.real.jobs[job.post_id] = job
         else:
@@ -63,12 +58,10 @@ class StoreRig:
 
 
 def mongo_settings(url: str, name: str, **changes: Any) -> StoreSettings:
-    """A database of its own."""
     return StoreSettings(url=url, timeout_s=3, database=name, **changes)
 
 
 def mongo_store(url: str, name: str, **changes: Any) -> Store:
-    """A connected store."""
     store = Store(StoreClient(mongo_settings(url, name, **changes)))
     store.connect()
     return store
@@ -81,7 +74,6 @@ def context(now: float = NOW, **changes: Any) -> ClaimContext:
 
 
 def claim(post_id: str, **changes: Any) -> Claim:
-    """A message for one post."""
     redelivered = changes.pop("redelivered", False)
     return Claim(PostMessage(post_id, **changes), post_id, redelivered)
 
@@ -89,7 +81,6 @@ def claim(post_id: str, **changes: Any) -> Claim:
 def begin_one(
     store: PostStore, post_id: str, conditions: ClaimContext | None = None, **changes: Any
 ) -> Verdict:
-    """The verdict on one claim."""
     [verdict] = store.begin([claim(post_id, **changes)], conditions or context())
     return verdict
 
@@ -97,7 +88,6 @@ def begin_one(
 def started(
     store: PostStore, post_id: str, conditions: ClaimContext | None = None, **changes: Any
 ) -> Started:
-    """Begin a post that can begin."""
     verdict = begin_one(store, post_id, conditions, **changes)
     assert isinstance(verdict, Started), verdict
     return verdict
@@ -110,7 +100,6 @@ def tagged(
     partial: bool = False,
     ended_at: float | None = None,
 ) -> Tagged:
-    """Tags for a begun post."""
     result = TagResult(
         post_id=begun.post_id,
         model=BUNDLE[0],

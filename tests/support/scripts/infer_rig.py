@@ -82,11 +82,9 @@ def infer_slowly(folder: Path, *more: str) -> int:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

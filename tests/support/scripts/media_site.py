@@ -110,7 +110,6 @@ class _Handler(Answers):
 
 @contextmanager
 def media_site(delay_s: float = 0.0) -> Iterator[MediaSite]:
-    """A running server."""
     with serving(MediaSite(delay_s)) as server:
         yield server
 

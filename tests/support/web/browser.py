@@ -59,7 +59,6 @@ class Browser:
         self.call("Page.navigate", url=url)
 
     def resize(self, width: int, height: int) -> None:
-        """Set the size of the view, in pixels."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -69,7 +68,6 @@ class Browser:
         )
 
     def scheme(self, name: str) -> None:
-        """Prefer ``light`` or ``dark``."""
         feature = {"name": "prefers-color-scheme", "value": name}
         self.call("Emulation.setEmulatedMedia", features=[feature])
 
@@ -105,13 +103,11 @@ class Browser:
         )
 
     def choose(self, selector: str, files: Sequence[Path]) -> None:
-        """Choose files in a file input."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in files])
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call the protocol and wait for the answer."""
         self._number += 1
         number = self._number
         message: dict[str, Any] = {"id": number, "method": method, "params": parameters}

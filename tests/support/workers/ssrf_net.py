@@ -44,7 +44,6 @@ class NameServer:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as poker:
             poker.sendto(b"", self._socket.getsockname())
         self._thread.join()

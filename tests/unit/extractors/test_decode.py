@@ -46,7 +46,7 @@ SMALL = Settings.model_validate(
 def test_results_lie_in_the_allocated_memory(tmp_path: Path, kind: MediaKind) -> None:
     """Everything that is returned is a view of the slot, and a slot's size is always enough."""
     if kind == "image":
-        path = media.write_gif(tmp_path / "a.gif", media.grey_steps(9, 400, 400))
+        path = media.write_animation(tmp_path / "a.gif", media.grey_steps(9, 400, 400))
     elif kind == "video":
         path = media.write_video(
             tmp_path / "a.mp4", media.grey_steps(50, 400, 400), audio=media.tone(440, 9, 44100)
@@ -77,7 +77,7 @@ def test_an_image(tmp_path: Path) -> None:
 
 
 def test_an_animation_gives_several_images(tmp_path: Path) -> None:
-    path = media.write_gif(tmp_path / "a.gif", media.grey_steps(9))
+    path = media.write_animation(tmp_path / "a.gif", media.grey_steps(9))
     decoded = decode_media("image", path, SMALL.features, SMALL.decode)
     assert decoded.image is not None
     assert decoded.image.shape == (3, 48, 48, 3)
@@ -88,7 +88,9 @@ def test_a_second_view_of_a_picture_keeps_its_proportions(tmp_path: Path) -> Non
     """After the squashed one; white lies around it, and frames of an animation take turns."""
     features = SMALL.features.image.model_copy(update={"padded": True})
     both = SMALL.features.model_copy(update={"image": features})
-    path = media.write_gif(tmp_path / "a.gif", [np.full((20, 60, 3), v, np.uint8) for v in (0, 99)])
+    path = media.write_animation(
+        tmp_path / "a.gif", [np.full((20, 60, 3), v, np.uint8) for v in (0, 99)]
+    )
     one, two = (
         decode_media("image", path, of, SMALL.decode).image for of in (SMALL.features, both)
     )

@@ -15,7 +15,7 @@ from tests.support import media
 MAKERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a.jpg": ("jpeg", lambda p: media.write_jpeg(p, media.solid(16, 16))),
     "a.png": ("png", lambda p: media.write_png(p, media.solid(16, 16))),
-    "a.gif": ("gif", lambda p: media.write_gif(p, media.grey_steps(2))),
+    "a.gif": ("gif", lambda p: media.write_animation(p, media.grey_steps(2))),
     "a.webp": ("webp", lambda p: media.write_webp(p, media.solid(16, 16))),
     "a.mp4": ("mp4", lambda p: media.write_video(p, media.grey_steps(3))),
     "a.mov": ("mp4", lambda p: media.write_video(p, media.grey_steps(3))),

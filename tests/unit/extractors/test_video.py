@@ -174,7 +174,7 @@ def test_sound_and_silence(tmp_path: Path) -> None:
 
 
 def test_gif_as_video(tmp_path: Path) -> None:
-    assert len(greys(media.write_gif(tmp_path / "a.gif", media.grey_steps(8)))) == 8
+    assert len(greys(media.write_animation(tmp_path / "a.gif", media.grey_steps(8)))) == 8
 
 
 def broken(path: Path, **stream: int) -> Path:

@@ -341,7 +341,7 @@ def test_text_is_shown_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_pictures_and_sounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = facts(capsys, str(media.write_gif(tmp_path / "a.gif", media.grey_steps(5))))
+    shown = facts(capsys, str(media.write_animation(tmp_path / "a.gif", media.grey_steps(5))))
     assert (shown["read_as"], shown["image"]["shape"]) == ("image", [1, 32, 32, 3])
     shown = facts(capsys, str(tmp_path / "a.gif"), "--as", "video")
     assert len(shown["frames"]["times_s"]) == 4
