@@ -20,6 +20,7 @@ from king.jobs import Settled, Superseded, Tagged
 from king.status import write_health
 from scripts.cli import run
 from tests.support.king.store_rig import StoreRig, begin_one, context, mongo_store, started, tagged
+from tests.support.ports import free_port
 from tests.support.tiny_models import tiny_features
 from tests.support.workers.small_bundle import write_bundle
 
@@ -145,13 +146,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(content))
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def checks(
