@@ -5,7 +5,6 @@ Each in a process of its own would load torch for seconds.
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ import speed_of_light
 from rig import Site, site
 from workloads import workload
 
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, ran
 
 BENCH = ROOT / "bench"
 SCRIPTS = sorted(str(p) for p in BENCH.glob("*.py") if "__main__" in p.read_text("utf-8"))
@@ -55,13 +54,8 @@ print(json.dumps(ended))
 def test_every_benchmark_says_how_it_is_run(tmp_path: Path) -> None:
     """Neither their folder nor the project's is on the path before."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *SCRIPTS],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+    done = ran(
+        sys.executable, "-c", PROGRAM, *SCRIPTS, cwd=tmp_path, timeout_s=500, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {Path(script).name: [0, "usage: "] for script in SCRIPTS}

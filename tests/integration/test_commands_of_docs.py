@@ -4,7 +4,6 @@ Commands of blocks are parsed by the programs' own parsers; nothing is run.
 """
 
 import re
-import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from config.tag_rules import TagFile
 from config.tags import TagTexts
 from config.train import BackboneTrainSettings, TrainSettings
 from tests.support.docs.shell import FENCE, PAGES, ROOT, Command, blocks, commands
+from tests.support.processes import ran
 from tests.unit.test_house_style import modules
 from web import openapi
 
@@ -139,9 +139,7 @@ def types_in(annotation: Any) -> Iterator[type]:
 
 def test_make_would_run_every_target_that_a_page_names() -> None:
     named = {it.words[1] for page in PAGES for it in commands(page) if it.words[0] == "make"}
-    dry = subprocess.run(
-        ["make", "-n", "PYTHON=python3", *sorted(named)], cwd=ROOT, capture_output=True, check=False
-    )
+    dry = ran("make", "-n", "PYTHON=python3", *sorted(named))
     assert dry.returncode == 0, dry.stderr
 
 

@@ -1,9 +1,6 @@
 """The documentation site: it is built without a warning, loads nothing from elsewhere, is whole."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import commands_page
@@ -16,20 +13,15 @@ import insighttag
 from config.settings import Settings
 from config.train import TrainSettings
 from tests.support.docs.shell import ROOT
+from tests.support.processes import python
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built strictly: a link or an anchor that leads nowhere ends the build."""
     folder = tmp_path_factory.mktemp("site")
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ("mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder))
+    built = python("-m", *words, timeout_s=500, NO_MKDOCS_2_WARNING="1")
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from king.jobs import is_dead, own_name
-from tests.support.processes import python
+from tests.support.processes import python, ran
 
 
 def test_typed_passwords_are_hidden_from_other_users() -> None:
@@ -22,9 +22,7 @@ def test_typed_passwords_are_hidden_from_other_users() -> None:
         "print(Path('/proc/self/cmdline').read_text())\n"
     )
     words = ["--set", "broker.url=amqp://u:secret1@h", "store.url=mongodb://u:secret2@h"]
-    shown = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=True
-    ).stdout
+    shown = python("-c", program, *words, check=True).stdout
     assert "amqp://u:***@h" in shown
     assert "secret" not in shown
 
@@ -42,9 +40,7 @@ def test_a_log_that_takes_no_lines_ends_nothing(way: str) -> None:
     )
     # Every write to /dev/full fails with ENOSPC.
     shell = f'exec "$0" -c "$1" 2>{"/dev/full" if way == "full" else "&-"}'
-    done = subprocess.run(
-        ["sh", "-c", shell, sys.executable, program], capture_output=True, text=True, check=False
-    )
+    done = ran("sh", "-c", shell, sys.executable, program)
     assert (done.stdout, done.returncode) == ("alive 2\n", 0)
 
 
@@ -72,13 +68,7 @@ def test_output_that_nobody_takes_is_no_traceback(
 ) -> None:
     """Without a standard output there is nothing to fail; what cannot be written costs a 1."""
     line = f'"$@" {redirection}; exit "${{PIPESTATUS[0]}}"'
-    ended = subprocess.run(
-        ["bash", "-c", line, "-", sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ended = ran("bash", "-c", line, "-", sys.executable, *command)
     assert "Traceback" not in ended.stderr
     assert "BrokenPipe" not in ended.stderr
     assert ended.returncode == (1 if failed else code), ended.stderr

@@ -16,19 +16,20 @@ ROOT = Path(__file__).resolve().parents[2]
 Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
+def ran(
+    *command: str, check: bool = False, cwd: Path = ROOT, timeout_s: float = 120, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; ``more`` goes to `subprocess.run`."""
+    more |= {"capture_output": True, "text": True, "timeout": timeout_s}
+    return subprocess.run(command, check=check, cwd=cwd, **more)
+
+
 def python(
     *arguments: str, check: bool = False, timeout_s: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in the project's folder, with some variables of the environment set."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=check,
-    )
+    env = {**os.environ, **environment}
+    return ran(sys.executable, *arguments, check=check, timeout_s=timeout_s, env=env)
 
 
 @contextmanager

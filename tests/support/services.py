@@ -21,6 +21,7 @@ from typing import ClassVar
 import pytest
 
 from tests.support.ports import answers_tcp, free_port
+from tests.support.processes import ran
 
 # Run before the server in its process: it is killed when the tests' process dies, however it dies.
 DIE_WITH_PARENT = """\
@@ -311,15 +312,7 @@ class RabbitMQServer(Server):
         """
         ctl = str(Path(self.binary() or "").with_name("rabbitmqctl"))
         for _ in range(3):
-            done = subprocess.run(
-                [ctl, "-n", self.node, *arguments],
-                env=dict(self._environment()),
-                cwd=self.folder,
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
+            done = ran(ctl, "-n", self.node, *arguments, cwd=self.folder, env=self._environment())
             if done.returncode == 0:
                 return done.stdout
         raise RuntimeError(f"rabbitmqctl {arguments[0]}: {done.stdout} {done.stderr}")

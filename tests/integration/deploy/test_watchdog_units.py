@@ -3,7 +3,6 @@
 import configparser
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from config.settings import Settings
 from tests.support.deploy.checkout import ROOT, Checkout, eventually
+from tests.support.processes import ran
 from tests.support.services import MongoServer, RedisServer
 
 UNITS = ROOT / "deploy" / "systemd"
@@ -99,11 +99,5 @@ def test_systemd_finds_no_fault_with_the_units(tmp_path: Path) -> None:
         "insighttag-king.service",
         "insighttag-watchdog.service",
     ]
-    done = subprocess.run(
-        [str(verifier), "verify", "--man=no", *installed],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = ran(str(verifier), "verify", "--man=no", *installed)
     assert [line for line in (done.stdout + done.stderr).splitlines() if "insighttag" in line] == []

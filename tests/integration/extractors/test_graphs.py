@@ -1,7 +1,5 @@
 """Encoders as OpenVINO runs them: the vectors of torch, from a cache that is never trusted."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from extractors.models import base
 from extractors.models.base import RowExtractor, load_graph, openvino_is_installed
 from extractors.models.text import TextExtractor
 from extractors.models.visual import VisualExtractor
+from tests.support.processes import python
 from tests.support.tiny_models import TINY_CNN, tiny_bert
 
 pytestmark = pytest.mark.skipif(not openvino_is_installed(), reason="openvino is not installed")
@@ -175,7 +174,7 @@ def test_processes_do_not_share_one_core() -> None:
     assert loaded._request.get_compiled_model().get_property("ENABLE_CPU_PINNING") is False
 
 
-def test_nothing_is_reported_to_anybody(project_root: Path) -> None:
+def test_nothing_is_reported_to_anybody() -> None:
     """OpenVINO reports each use by a package of its own: it is never imported, by OCR neither."""
     code = """
 import sys
@@ -188,7 +187,5 @@ VisualExtractor("image", image).load()
 utils = sys.modules["openvino.tools.ovc.telemetry_utils"]
 print(sys.modules["openvino_telemetry"], utils.tm.__name__)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=project_root, capture_output=True, text=True, check=True
-    )
+    done = python("-c", code, check=True)
     assert done.stdout.splitlines()[-1] == "None openvino.tools.ovc.telemetry_stub"

@@ -1,9 +1,6 @@
 """Engines of OCR: each reads the same text with PP-OCRv6, and says what it lacks."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from config.features import OcrSettings
 from extractors.models.base import openvino_is_installed
 from extractors.models.ocr import OcrExtractor, with_products
 from tests.support.extractors.ppocr_in_torch import save_ppocr
+from tests.support.processes import python
 
 # Characters of straight strokes, on a grid of 28: no font with Chinese is needed.
 STROKES = {
@@ -219,13 +217,5 @@ def test_a_signal_after_openvino_kills_nobody(project_root: Path) -> None:
     """OpenVINO frees a stack for signals that may be in use: it did, and the process died."""
     if not openvino_is_installed():
         pytest.skip("openvino is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", SIGNALLED],
-        cwd=project_root,
-        env={**os.environ, "PYTHONPATH": str(project_root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = python("-c", SIGNALLED, timeout_s=300, PYTHONPATH=str(project_root))
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr

@@ -2,7 +2,6 @@
 
 import shutil
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from common.errors import BrokerUnavailable
 from king.broker.connect import open_broker
 from king.messages import PostMessage
 from tests.support.king.broker_rig import Consumer, connected, settings_for
+from tests.support.processes import ran
 from tests.support.proxy import proxy_to
 from tests.support.services import RabbitMQServer, RedisServer, unavailable
 
@@ -23,16 +23,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if openssl is None:
         unavailable("no openssl command to make a certificate")
     folder = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        [
-            *(str(openssl), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-keyout", "key.pem", "-out", "cert.pem"),
-        ],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-    )
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", "key.pem"]
+    words += ["-out", "cert.pem", "-subj", "/CN=127.0.0.1", "-addext"]
+    ran(str(openssl), *words, "subjectAltName=IP:127.0.0.1", cwd=folder, check=True)
     both = folder / "both.pem"
     both.write_text((folder / "key.pem").read_text() + (folder / "cert.pem").read_text())
     return both
