@@ -1,6 +1,7 @@
 """The servers that the other tests stand on."""
 
 from collections.abc import Callable
+from contextlib import closing
 
 import pymongo
 import pytest
@@ -34,9 +35,7 @@ def test_redis_keeps_its_data_over_a_kill(redis_server: RedisServer, unique_name
 
 def test_nx_keeps_its_data_over_a_kill(mongo_server: MongoServer, unique_name: str) -> None:
     client: pymongo.MongoClient[dict[str, object]] = pymongo.MongoClient(mongo_server.url)
-    try:
+    with closing(client):
         client[unique_name]["posts"].insert_one({"_id": "p1"})
         _restarts(mongo_server)
         assert client[unique_name]["posts"].count_documents({}) == 1
-    finally:
-        client.close()

@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,16 +33,21 @@ def python(
 
 
 @contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Nothing can be opened in this process while the block runs."""
-    free = os.open(os.devnull, os.O_RDONLY)
-    os.close(free)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+def limited_to(most: int, what: int = resource.RLIMIT_FSIZE) -> Iterator[None]:
+    """Limit this process while the block runs: the size of files, as a full disk would."""
+    limits = resource.getrlimit(what)
+    resource.setrlimit(what, (most, limits[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(what, limits)
+
+
+def no_descriptors() -> AbstractContextManager[None]:
+    """Nothing can be opened in this process while the block runs."""
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    return limited_to(free, resource.RLIMIT_NOFILE)
 
 
 @contextmanager

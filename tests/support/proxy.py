@@ -4,7 +4,6 @@ import contextlib
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
 
 
 class _Pair:
@@ -101,11 +100,8 @@ class Proxy:
         return source.recv(65536)
 
 
-@contextlib.contextmanager
-def proxy_to(target: tuple[str, int], tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+def proxy_to(
+    target: tuple[str, int], tls: ssl.SSLContext | None = None
+) -> contextlib.closing[Proxy]:
     """A proxy for the duration of a block."""
-    proxy = Proxy(target, tls)
-    try:
-        yield proxy
-    finally:
-        proxy.close()
+    return contextlib.closing(Proxy(target, tls))

@@ -4,6 +4,7 @@ Heavy libraries are imported inside the makers, so that importing this module is
 """
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,5 @@ def tiny_bundle(
 
     suite = ExtractorSuite(features)
     suite.load()
-    try:
+    with closing(suite):
         return write_bundle(folder, suite, threshold=threshold, model=model)
-    finally:
-        suite.close()

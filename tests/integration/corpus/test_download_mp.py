@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from scripts.data_scripts.download_mp import main
+from tests.support.processes import limited_to
 from tests.support.scripts.media_site import MediaSite, media_site, png, wav, write_posts
 from tests.support.services import wait_until
 
@@ -307,12 +307,8 @@ def test_full_disk_stops_it_with_one_line(
     posts = write_posts(tmp_path / "p.jsonl", [[site.url(name)] for name in names])
     assert main(command(posts, tmp_path / "calm")) == 0
     out = tmp_path / "out"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
+    with limited_to(100_000):
         assert main(command(posts, out)) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err
     last = said.strip().splitlines()[-1]
     assert last.startswith("download_mp: stopped: ")

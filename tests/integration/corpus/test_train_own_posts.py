@@ -216,9 +216,8 @@ def test_posts_without_labels_are_refused_and_can_be_mended(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The folder is not bound to arguments that gave nothing."""
-    out = tmp_path / "mine"
     config = str(folder / "tiny.yaml")
-    bare = ["train", str(folder / "pictures"), "--out", str(out), "--config", config]
+    bare = ["train", str(folder / "pictures"), "--out", str(tmp_path / "mine"), "--config", config]
     assert run(bare) == 2
     assert "no post has labels: --labels names a table" in capsys.readouterr().err
     assert run([*bare, "--labels", str(tmp_path / "none.csv")]) == 2

@@ -99,8 +99,7 @@ def watched(settings: Settings, supervisor: FakeSupervisor) -> tuple[Watchdog, F
 
 
 def stalled(pid: int = 7, seen_s: float = 100.0) -> Observation:
-    ages = {"main": 61.0}
-    return Observation(Program("RUNNING", pid, "boot-5"), seen_s, "serving", 90.0, ages)
+    return Observation(Program("RUNNING", pid, "boot-5"), seen_s, "serving", 90.0, {"main": 61.0})
 
 
 def test_a_stalled_king_is_killed_until_the_budget_is_spent(tmp_path: Path) -> None:

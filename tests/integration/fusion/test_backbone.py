@@ -103,10 +103,9 @@ def learn(
         posts = build_set(*train, seed=seed)
         data = TrainData(posts, build_set(*valid), collate_media, len(posts))
         optimizer = OptimizerSettings(learning_rate=4e-3, gradient_clip=1.0)
-        files = (folder / "weights.safetensors",)
         given: dict[str, Any] = {"trainer_settings": trainer, "optimizer": optimizer}
         given |= {"name": kind, "signature": "signature", "seed": seed}
-        return train_model(fabric, data, build, save, files, **given)
+        return train_model(fabric, data, build, save, (folder / "weights.safetensors",), **given)
 
     return distributed.run(trainer, work)
 

@@ -203,9 +203,8 @@ def test_the_run_before_is_compared_with(tmp_path: Path) -> None:
     (tmp_path / "20260102-2" / "report").mkdir(parents=True)
     (tmp_path / "20260102-2" / "report" / "report.json").write_text("[]")
     run = tmp_path / "20260103-1"
-    facts = {"epochs": 7, "best epoch": 1}
     worse = replace(some, scores=some.scores[::-1])
-    given = ReportInput("now", "", facts, worse, run=run)
+    given = ReportInput("now", "", {"epochs": 7, "best epoch": 1}, worse, run=run)
     page = write_report(run / "report", given, ReportSettings()).read_text()
     assert "to the earlier run" in page
     assert re.search(r"<td>epochs</td><td>5</td><td>7</td>", page)

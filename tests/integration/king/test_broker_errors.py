@@ -1,6 +1,7 @@
 """Errors at the broker's edge: all mapped, told apart, in one line and without the password."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import amqp
@@ -47,9 +48,8 @@ CASES = [
 @pytest.mark.parametrize(("errors", "error_type"), CASES)
 def test_every_foreign_error_is_mapped(errors: ClientErrors, error_type: type[Exception]) -> None:
     """No error of kombu, py-amqp or redis gets past the edge, in work or while connecting."""
-    text = "it broke\nfor hunter2secret"
     try:
-        error = error_type(text)
+        error = error_type("it broke\nfor hunter2secret")
     except (ValueError, TypeError, IndexError):  # a few of redis's parse their text
         error = error_type("7 127.0.0.1:6379")
     for setup in (False, True):
@@ -169,7 +169,7 @@ def test_wrong_credentials_on_redis(tmp_path: Path, queue_name: str) -> None:
         pytest.skip("no redis-server")
     server = RedisServer(tmp_path, password="right-password")
     server.start()
-    try:
+    with closing(server):
         base = f"127.0.0.1:{server.port}"
         text = _refusal(settings_for(f"redis://:wrong-pass@{base}/0", queue_name))
         assert "user or password refused" in text
@@ -178,8 +178,6 @@ def test_wrong_credentials_on_redis(tmp_path: Path, queue_name: str) -> None:
         with connected(settings_for(server.url, queue_name)) as broker:
             broker.publish([PostMessage("p1")])
             assert broker.depth() == 1
-    finally:
-        server.close()
 
 
 @pytest.mark.redis

@@ -118,8 +118,7 @@ def test_kombu_publishers(settings: BrokerSettings, compression: str | None) -> 
 
     Its messages are confirmed: a quorum queue may lose what it has not when the connection ends.
     """
-    confirmed = {"confirm_publish": True}
-    with kombu.Connection(settings.url, transport_options=confirmed) as connection:
+    with kombu.Connection(settings.url, transport_options={"confirm_publish": True}) as connection:
         producer = kombu.Producer(connection.channel(), auto_declare=False)
         for body, serializer in (({"post_id": "p1", "force": True}, "json"), ("p2", "raw")):
             producer.publish(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,10 +63,8 @@ def full(request: pytest.FixtureRequest, tmp_path: Path, queue_name: str) -> Ite
     kind = RedisServer if request.param == "redis" else BundledRedis
     server = kind(tmp_path)
     server.start()
-    try:
+    with closing(server):
         yield on_redis(server, queue_name)
-    finally:
-        server.close()
 
 
 def test_the_queue_empties_while_nothing_can_be_published(full: Full) -> None:

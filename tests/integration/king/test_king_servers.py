@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,8 @@ class Site:
         """Messages that wait."""
         broker = open_broker(self.settings.broker)
         broker.connect()
-        try:
+        with closing(broker):
             return broker.depth()
-        finally:
-            broker.close()
 
     @property
     def tagged(self) -> int:
@@ -264,9 +262,8 @@ def test_king_process_is_small_and_free_of_models(site: Site) -> None:
         "print(code, round(psutil.Process().memory_info().rss / 2**20), *heavy)"
     )
     settings = site.with_king(metrics=f"127.0.0.1:{free_port()}").model_dump(mode="json")
-    content = {"settings": settings, "latency_s": 0, "drain": True}
     file = site.folder / "child.json"
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps({"settings": settings, "latency_s": 0, "drain": True}))
     done = python("-c", probe, str(file), timeout_s=60)
     code, rss_mb, *heavy = done.stdout.split()
     assert (code, heavy) == ("0", []), done.stderr[-2000:]

@@ -3,7 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import dns.message
 import dns.rcode
@@ -172,10 +172,8 @@ def test_documents_that_python_has_no_names_for_are_read() -> None:
     """Dates after the year 9999 and text that is no UTF-8 come from other drivers."""
     client = StoreClient(StoreSettings(url="mongodb://127.0.0.1:1"))
     encoded = encode({"seen": DatetimeMS(10**15), "text": "ab"}).replace(b"ab\0", b"\xff\xfe\0")
-    try:
+    with closing(client):
         document = decode(encoded, client.posts.codec_options)
-    finally:
-        client.close()
     assert document == {"seen": DatetimeMS(10**15), "text": "\ufffd\ufffd"}
 
 

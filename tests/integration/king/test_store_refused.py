@@ -159,8 +159,7 @@ def test_document_that_is_no_bson_is_a_dead_letter_and_the_others_go_on(
 
     monkeypatch.setattr(Collection, "find", picky)
     verdicts = mongo.begin([claim(f"p{i}") for i in range(5)], context())
-    kinds = [Started, Started, Started, Rejected, Started]
-    assert [type(verdict) for verdict in verdicts] == kinds
+    assert [type(verdict) for verdict in verdicts] == [Started, Started, Started, Rejected, Started]
     job = mongo.queries.job("p3")
     assert job is not None
     assert (job.state, (job.last_error or {})["type"]) == ("dead", "StoreRefused")

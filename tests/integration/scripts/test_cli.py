@@ -80,8 +80,7 @@ def test_publish_by_id_and_file(
     assert "4 waiting, 0 unacknowledged" in command("status")[1]
     ids = ("p1", "p2", "p3", "帖子")
     assert by_id(command) == [PostMessage(i, priority=3, force=True) for i in ids]
-    published = {"published": 1, "queue": "insighttag.posts"}
-    assert command.json("publish", "p1") == published
+    assert command.json("publish", "p1") == {"published": 1, "queue": "insighttag.posts"}
     command.queued()
 
 
@@ -254,7 +253,6 @@ def test_results_and_jobs_of_any_shape_are_shown(
 def test_show_tells_tags_modalities_and_reasons(
     command: Command, database: pymongo.database.Database[dict[str, Any]]
 ) -> None:
-    failure = {"stage": "fetch", "type": "FetchRefused", "message": "HTTP 404"}
     result = {
         "model": "demo",
         "version": "20260101T000000Z-abcdef12",
@@ -262,7 +260,7 @@ def test_show_tells_tags_modalities_and_reasons(
         "tags": [{"id": 3, "name": "猫 [cat]", "score": 0.91234}],
         "near_misses": [{"id": 1, "name": "dog", "score": 0.37, "threshold": 0.4}],
         "modalities": {"video": "failed", "text": "ok"},
-        "failures": {"video": failure},
+        "failures": {"video": {"stage": "fetch", "type": "FetchRefused", "message": "HTTP 404"}},
         "error": None,
         "attempts": 2,
         "tagged_at": datetime.now(timezone.utc),
@@ -386,7 +384,6 @@ def test_status_refuses_urls_that_no_service_can_have(command: Command, setting:
 def test_status_shows_the_king(command: Command) -> None:
     """A fresh health file is shown with its rates; a stale one is no running King."""
     health = command.settings.king.health_file
-    worker = {"name": "extract-0", "state": "ready", "held": 1}
     content = {
         "pid": os.getpid(),
         "process": process_identity(os.getpid()),
@@ -397,7 +394,7 @@ def test_status_shows_the_king(command: Command) -> None:
         "posts_per_s": 12.5,
         "counters": {"tagged": 99},
         "bundle": {"name": "demo", "version": "v1"},
-        "workers": [worker],
+        "workers": [{"name": "extract-0", "state": "ready", "held": 1}],
     }
     health.write_text(json.dumps(content))
     try:

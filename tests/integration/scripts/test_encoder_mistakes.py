@@ -170,8 +170,7 @@ def test_a_preset_without_its_weights_says_which_and_what_brings_them(
 def complaint(folder: Path, capsys: pytest.CaptureFixture[str], *features: str) -> str:
     """The line that `insighttag tag` ends with under other settings of features."""
     sets = [word for each in features for word in ("--set", f"features.{each}")]
-    config = str(folder / "config.yaml")
-    code = run(["tag", str(folder / "post.json"), "--config", config, *sets])
+    code = run(["tag", str(folder / "post.json"), "--config", str(folder / "config.yaml"), *sets])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
     assert "Traceback" not in err

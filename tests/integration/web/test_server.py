@@ -153,10 +153,8 @@ class FlaskServer:
 def server(site: Site) -> Iterator[FlaskServer]:
     """A real server that is ready; shared by the tests that only ask it."""
     made = FlaskServer(site.config, site.folder)
-    try:
+    with contextlib.closing(made):
         yield made.until_ready()
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +342,7 @@ def test_metrics_show_every_worker_of_the_one_process(server: FlaskServer) -> No
 def test_a_killed_server_leaves_no_worker(site: Site) -> None:
     """Not ready while models load. SIGKILL to the process that listens ends all others too."""
     own = FlaskServer(site.config, site.folder)
-    try:
+    with contextlib.closing(own):
         end = time.monotonic() + 60
         while (answer := own.answer("/readyz?only=workers")) is None:
             assert time.monotonic() < end
@@ -357,8 +355,6 @@ def test_a_killed_server_leaves_no_worker(site: Site) -> None:
         own.process.wait(60)
         psutil.wait_procs(found, timeout=60)
         assert alive(process.pid for process in found) == []
-    finally:
-        own.close()
 
 
 def test_mistakes_are_one_line(

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -126,10 +127,8 @@ def world(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(ExtractorSuite, "close", lambda _suite: None)
     monkeypatch.setattr(ExtractorSuite, "run", counted_run)
     monkeypatch.setattr(local, "run_decode", counted_decode)
-    try:
+    with closing(made):
         yield made
-    finally:
-        made.close()
 
 
 def same(one: Features, other: Features) -> None:

@@ -1,6 +1,5 @@
 """Errors of this host, not of a post: they are retryable, and reported as such."""
 
-import resource
 import shutil
 import socket
 import threading
@@ -13,7 +12,7 @@ from common.errors import FetchRetryable, RetryableError
 from common.post import MEDIA_KINDS, Media, MediaKind
 from config.features import FeatureSettings
 from config.settings import DecodeSettings
-from tests.support.processes import no_descriptors
+from tests.support.processes import limited_to, no_descriptors
 from tests.support.workers.fetching import fetch, retryable, settings_of
 from tests.support.workers.web import BODY, Web
 from workers.fetch import Fetcher, Spool
@@ -37,12 +36,8 @@ def test_descriptors_that_are_used_up(web: Web, tmp_path: Path) -> None:
 
 def test_disk_that_is_full(web: Web, tmp_path: Path) -> None:
     """The limit on the size of files stands for it: a write fails half-way."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
+    with limited_to(100):
         assert retryable(web.url("/ok"), tmp_path) == "spool: File too large"
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_handshake_that_breaks_off(tmp_path: Path) -> None:

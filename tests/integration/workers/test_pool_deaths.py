@@ -1,7 +1,6 @@
 """The pool when its workers die, hang or lie (`tests.support.workers.toys`)."""
 
 import os
-import resource
 import signal
 import time
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.post import Tags
+from tests.support.processes import no_descriptors
 from tests.support.workers.driving import Driver, decode_task, fetch_task, fuse_task, text_task
 from workers.protocol import Decoded, Done, ExtractTask
 
@@ -99,17 +99,11 @@ def test_lying_worker_is_replaced(driver: Driver, task: ExtractTask, name: str) 
 
 def test_want_of_descriptors_passes(driver: Driver) -> None:
     """A worker that dies while the King can open nothing comes back once it can."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
-    try:
+    with no_descriptors():
         os.kill(driver.pid("fetch-0"), signal.SIGKILL)
         driver.until(lambda: driver.view("fetch-0").deaths and driver.view("fetch-0").pid is None)
         driver.told += driver.pool.poll(0.5)
         assert driver.pool.refused is None
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     driver.ready()
 
 

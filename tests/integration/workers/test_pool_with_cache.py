@@ -133,9 +133,8 @@ def test_who_knows_the_cache() -> None:
     for role in users:
         assert "hush" in without_credentials(settings, role).model_dump_json()
     assert [s.role for s in worker_specs(settings)].count("cache") == 1
-    keys = {"AWS_SECRET_ACCESS_KEY": "hush", "HOME": "/root"}
     for spec in worker_specs(settings):
-        known = pinned_environment(spec, keys)
+        known = pinned_environment(spec, {"AWS_SECRET_ACCESS_KEY": "hush", "HOME": "/root"})
         assert known["HOME"] == "/root"
         assert ("AWS_SECRET_ACCESS_KEY" in known) == (spec.role in users)
     assert "cache" not in [s.role for s in worker_specs(toy_settings(Path("spool")))]

@@ -178,10 +178,8 @@ def by_runner(pool: Any, settings: Settings, post: Post) -> tuple[Features, TagR
     """As the HTTP server and the offline scripts do."""
     runner = PostRunner(settings, pool=pool)
     runner.start(wait=False)
-    try:
+    with closing(runner):
         ran = runner.submit(post).result(120)
-    finally:
-        runner.close()
     return ran.features, ran.result
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 from common.errors import CacheUnavailable, ConfigError
 from config.settings import CacheSettings
 from tests.support.ports import free_port
+from tests.support.processes import limited_to
 from tests.support.services import RedisServer, unavailable
 from workers.cache.store import CacheStore, FolderStore, RemoteStore, open_store
 
@@ -231,13 +231,8 @@ def test_what_is_no_entry_is_left_alone(open_one: Open, tmp_path: Path) -> None:
 def test_half_a_write_is_no_entry(tmp_path: Path) -> None:
     """When the system takes only a part of a value, the put fails and nothing is left."""
     store = FolderStore(tmp_path, 1 << 20)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.raises(CacheUnavailable, match="too large"):
-            store.put(key("a"), bytes(5000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with limited_to(1000), pytest.raises(CacheUnavailable, match="too large"):
+        store.put(key("a"), bytes(5000))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -104,12 +104,8 @@ class Consumer:
         return len(self.got) - before
 
 
-@contextlib.contextmanager
-def connected(settings: BrokerSettings) -> Iterator[Broker]:
+def connected(settings: BrokerSettings) -> contextlib.closing[Broker]:
     """A connected broker for the duration of a block."""
     broker = open_broker(settings)
     broker.connect()
-    try:
-        yield broker
-    finally:
-        broker.close()
+    return contextlib.closing(broker)

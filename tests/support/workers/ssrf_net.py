@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 from urllib.parse import unquote
 
@@ -218,7 +218,5 @@ def loopback_net(
 
     monkeypatch.setattr("workers.fetch.socket", Module())
     with serving(public), serving(trap):
-        try:
+        with closing(names):
             yield net
-        finally:
-            names.close()

@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-import resource
 from pathlib import Path
 
 import pytest
 
 from common.files import file_digest, part_of, publish, write_whole
+from tests.support.processes import limited_to
 
 
 def test_a_digest_is_that_of_the_content(tmp_path: Path) -> None:
@@ -42,13 +42,8 @@ def test_a_file_is_the_new_or_the_old_one(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"too large: '.*/named'"):
-            write_whole(tmp_path / "named", bytes(20))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with limited_to(10), pytest.raises(OSError, match=r"too large: '.*/named'"):
+        write_whole(tmp_path / "named", bytes(20))
     assert list(tmp_path.iterdir()) == []
 
 

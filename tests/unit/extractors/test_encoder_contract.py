@@ -436,12 +436,11 @@ def test_a_name_of_no_family_of_sound_is_refused() -> None:
 def test_an_omni_encoder_puts_all_into_one_space(checkpoint: Callable[[Make], Path]) -> None:
     """Its picture, sound and text extractors give one text the same vector."""
     path = checkpoint(tiny_encoders.embedding_gemma2)
-    texts = ["a cat", "the quick brown fox"]
     found = []
     for name in OMNI:
         extractor = FAMILIES[name].build(path, {"precision": "fp32"})
         extractor.load()
-        found.append(extractor.embed_texts(texts))
+        found.append(extractor.embed_texts(["a cat", "the quick brown fox"]))
     for other in found[1:]:
         assert (cosines(found[0], other) > 0.9999).all()
 

@@ -1,6 +1,5 @@
 """What a run leaves: its log, curves for TensorBoard, and checkpoints that are whole."""
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.errors import ConfigError
 from fusion.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from fusion.train.run_log import RunLog, read_run
+from tests.support.processes import limited_to
 
 
 def log(folder: Path, *, tensorboard: bool = True) -> RunLog:
@@ -157,12 +157,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     """The system refuses to write in the midst of the file: one line, and nothing is left of it."""
     path, weights = tmp_path / "last.pt", {"w": torch.zeros(50_000)}
     save_checkpoint(path, Checkpoint("{}", Progress(1, epoch=3), weights))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, before[1]))
-    try:
-        with pytest.raises(ConfigError, match=r"the checkpoint cannot be written"):
-            save_checkpoint(path, Checkpoint("{}", Progress(1, epoch=4), weights))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    full = limited_to(path.stat().st_size // 2)
+    with full, pytest.raises(ConfigError, match=r"the checkpoint cannot be written"):
+        save_checkpoint(path, Checkpoint("{}", Progress(1, epoch=4), weights))
     assert load_checkpoint(path, "{}").progress.epoch == 3
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
