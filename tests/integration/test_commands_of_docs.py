@@ -183,9 +183,7 @@ def exists(name: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_dotted_name_that_begins_as_a_section_is_a_key_event_or_module(
-    page: Path,
-) -> None:
+def test_every_dotted_name_that_begins_as_a_section_is_a_key_event_or_module(page: Path) -> None:
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
     named = {it for it in _DOTTED.findall(prose) if it.partition(".")[0] in SECTIONS}
     assert sorted(it for it in named if not exists(it)) == []

@@ -26,9 +26,11 @@ from tests.support.fusion import runs, support
 from tests.support.media import quadrants, write_png
 from tests.support.web.reports import assert_readable
 
+Trained = tuple[Path, TrainReport]
+
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("report")
     support.write_posts(folder, "train", 90, 1)
     support.write_posts(folder, "valid", 70, 2)
@@ -50,7 +52,7 @@ def numbers(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Path) -> None:
+def test_three_ways_to_gap_agree(trained: Trained, tmp_path: Path) -> None:
     """Training's, inference's over its written scores, and plain Python's: equal to 1e-9."""
     folder, report = trained
     output = tmp_path / "tags.jsonl"
@@ -72,7 +74,7 @@ def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Pa
     assert bundle.load_bundle(report.bundle).metrics["gap"] == pytest.approx(gap, abs=1e-9)
 
 
-def test_the_numbers_are_those_of_the_written_scores(trained: tuple[Path, TrainReport]) -> None:
+def test_the_numbers_are_those_of_the_written_scores(trained: Trained) -> None:
     """Every tag's row and the calibration errors, recomputed by scikit-learn and by hand."""
     folder, report = trained
     predictions, found = runs.predictions(folder), numbers(folder)
@@ -109,9 +111,7 @@ def plain_ece(scores: list[float], truth: list[bool], bins: int = 15) -> float:
     return total / len(scores)
 
 
-def test_subsets_have_the_gap_of_posts_with_only_them(
-    trained: tuple[Path, TrainReport],
-) -> None:
+def test_subsets_have_the_gap_of_posts_with_only_them(trained: Trained) -> None:
     """31 subsets, each equal to inference on features from which the others were taken away."""
     folder, report = trained
     found = {tuple(s["modalities"]): s for s in numbers(folder)["subsets"]}
@@ -139,7 +139,7 @@ def test_subsets_have_the_gap_of_posts_with_only_them(
     assert found[("image",)]["posts"] < 70
 
 
-def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
+def test_the_page_needs_nothing_else(trained: Trained) -> None:
     folder, report = trained
     report_folder = folder / "run" / "latest" / "report"
     assert report.page == report_folder.resolve() / "report.html"
@@ -159,9 +159,7 @@ def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
         assert f'href="https://x.test/p?id={mistake["post_id"]}"' in text
 
 
-def test_baseline_and_test_stand_beside_the_figures(
-    trained: tuple[Path, TrainReport], tmp_path: Path
-) -> None:
+def test_baseline_and_test_stand_beside_the_figures(trained: Trained, tmp_path: Path) -> None:
     """Scores are the tags' frequencies; ``data.test`` is scored as `infer_net.py` does."""
     folder, report = trained
     found = numbers(folder)

@@ -275,9 +275,7 @@ def test_a_broken_bundle_is_refused_in_one_line_and_the_old_one_serves_on(
         assert daemon.command("shadow", str(broken)) == 2
 
 
-def test_a_trial_for_other_features_is_one_line_and_posts_are_tagged(
-    daemon: Daemon,
-) -> None:
+def test_a_trial_for_other_features_is_one_line_and_posts_are_tagged(daemon: Daemon) -> None:
     trial = daemon.bundle(
         "foreign", 7, fingerprints={**daemon.suite.fingerprints, "text": "theirs"}
     )

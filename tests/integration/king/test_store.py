@@ -157,9 +157,7 @@ def test_same_bundle_tags_once_unless_forced(rig: StoreRig) -> None:
     assert isinstance(begin_one(rig.store, "p1", force=True), Started)
 
 
-def test_partial_tags_are_tried_again_after_a_pause_a_few_times(
-    rig: StoreRig,
-) -> None:
+def test_partial_tags_are_tried_again_after_a_pause_a_few_times(rig: StoreRig) -> None:
     """Too early, the message is settled; then each try is one attempt, until they are used up."""
     rig.insert({"_id": "p1"}, {"_id": "whole"})
     rig.store.finish([tagged(started(rig.store, "whole"))], context())

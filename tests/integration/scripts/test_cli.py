@@ -19,7 +19,7 @@ from deploy import embedded
 from king.messages import PostMessage
 from scripts.cli import run
 from tests.support.processes import python
-from tests.support.scripts.command import Command
+from tests.support.scripts.command import Command, Database
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def command(folder: Path, capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture
-def database(command: Command) -> Iterator[pymongo.database.Database[dict[str, Any]]]:
+def database(command: Command) -> Iterator[Database]:
     """An empty database, and an empty queue."""
     resolved = embedded.resolve(command.settings)
     command.queued()
@@ -64,9 +64,7 @@ def dead(post_id: str, stage: str, type_: str, age_s: float = 0.0) -> dict[str, 
     }
 
 
-def test_publish_by_id_and_file(
-    command: Command, database: pymongo.database.Database[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_publish_by_id_and_file(command: Command, database: Database, tmp_path: Path) -> None:
     """IDs of the command line and of a file arrive once each, with priority and force."""
     database["posts"].insert_many([{"_id": i} for i in ("p1", "p2", "p3", "帖子")])
     file = tmp_path / "ids.txt"
@@ -84,9 +82,7 @@ def test_publish_by_id_and_file(
     command.queued()
 
 
-def test_publish_says_which_ids_name_no_post(
-    command: Command, database: pymongo.database.Database[dict[str, Any]]
-) -> None:
+def test_publish_says_which_ids_name_no_post(command: Command, database: Database) -> None:
     """Unasked they are published all the same; --check refuses them, --no-check looks nowhere."""
     database["posts"].insert_many([{"_id": "p1"}, {"_id": 7.0}])
     ids = ("p1", "nobody", "7")
@@ -106,7 +102,7 @@ def test_publish_says_which_ids_name_no_post(
 
 
 def test_publish_looks_up_many_ids_only_when_asked(
-    command: Command, database: pymongo.database.Database[dict[str, Any]], tmp_path: Path
+    command: Command, database: Database, tmp_path: Path
 ) -> None:
     """Up to a thousand unasked: more are a delay that nobody expects."""
     file = tmp_path / "ids.txt"
@@ -122,18 +118,14 @@ def test_publish_looks_up_many_ids_only_when_asked(
 
 
 def test_publish_from_standard_input(
-    command: Command,
-    database: pymongo.database.Database[dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
+    command: Command, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("p1\np2\n"))
     assert command("publish", "--file", "-")[:2] == (0, "published 2 to insighttag.posts\n")
     assert by_id(command) == [PostMessage("p1"), PostMessage("p2")]
 
 
-def test_publish_untagged_leaves_out_results_and_jobs(
-    command: Command, database: pymongo.database.Database[dict[str, Any]]
-) -> None:
+def test_publish_untagged_leaves_out_results_and_jobs(command: Command, database: Database) -> None:
     database["posts"].insert_many(
         [
             {"_id": "new", "text": "x"},
@@ -191,9 +183,7 @@ def test_mistakes_are_one_line_and_exit_2(
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\x00"
 
 
-def test_a_terminal_obeys_no_stored_text(
-    command: Command, database: pymongo.database.Database[dict[str, Any]]
-) -> None:
+def test_a_terminal_obeys_no_stored_text(command: Command, database: Database) -> None:
     """Every command that prints what strangers wrote shows its control characters as escapes."""
     failure = {"stage": "fetch", "type": "FetchRefused", "message": f"HTTP {HOSTILE}"}
     result = {
@@ -221,9 +211,7 @@ def test_a_terminal_obeys_no_stored_text(
 ODD: list[Any] = [5, "x", [[{}]], {"a": 1}]
 
 
-def test_results_and_jobs_of_any_shape_are_shown(
-    command: Command, database: pymongo.database.Database[dict[str, Any]]
-) -> None:
+def test_results_and_jobs_of_any_shape_are_shown(command: Command, database: Database) -> None:
     """The platform may write there too, or an operator: no traceback, and the value is printed."""
     result = {
         **{"model": "m", "version": "1", "status": "tagged", "tags": [], "modalities": {}},
@@ -250,9 +238,7 @@ def test_results_and_jobs_of_any_shape_are_shown(
         assert line[0] != "dead" or f"j{len(letters) - 1}" in out
 
 
-def test_show_tells_tags_modalities_and_reasons(
-    command: Command, database: pymongo.database.Database[dict[str, Any]]
-) -> None:
+def test_show_tells_tags_modalities_and_reasons(command: Command, database: Database) -> None:
     result = {
         "model": "demo",
         "version": "20260101T000000Z-abcdef12",
@@ -306,7 +292,7 @@ def test_show_tells_tags_modalities_and_reasons(
 
 
 def test_dead_letters_are_listed_shown_replayed_and_dropped(
-    command: Command, database: pymongo.database.Database[dict[str, Any]]
+    command: Command, database: Database
 ) -> None:
     database["jobs"].insert_many(
         [

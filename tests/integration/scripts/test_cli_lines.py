@@ -1,9 +1,7 @@
 """``--file`` of the commands line by line, dead letters by ID, and which services are started."""
 
 from pathlib import Path
-from typing import Any
 
-import pymongo
 import pytest
 
 from deploy import embedded
@@ -11,7 +9,7 @@ from king.messages import PostMessage, parse_message
 from scripts.cli import run
 from scripts.commands.publish import read_messages
 from tests.integration.scripts.test_cli import by_id, command, database, dead, folder
-from tests.support.scripts.command import Command
+from tests.support.scripts.command import Command, Database
 
 __all__ = ["command", "database", "folder"]  # fixtures
 
@@ -73,7 +71,7 @@ def test_first_bad_lines_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_a_line_says_goes_before_the_options(
-    command: Command, database: pymongo.database.Database[dict[str, Any]], tmp_path: Path
+    command: Command, database: Database, tmp_path: Path
 ) -> None:
     """A line's own priority and force stand, in whichever line; the others take the options'."""
     file = tmp_path / "ids.jsonl"
@@ -90,7 +88,7 @@ def test_what_a_line_says_goes_before_the_options(
 
 @pytest.mark.parametrize("verb", ["replay", "drop"])
 def test_dead_letters_that_are_not_there_are_named(
-    verb: str, command: Command, database: pymongo.database.Database[dict[str, Any]]
+    verb: str, command: Command, database: Database
 ) -> None:
     """Exit 2 and one line; the known ones of the same call are handled all the same."""
     database["jobs"].insert_many([dead("a", "fetch", "FetchRefused"), dead("b", "fuse", "X")])
@@ -107,9 +105,7 @@ def test_dead_letters_that_are_not_there_are_named(
     assert "and 20 more" in err
 
 
-def test_a_message_without_an_id_is_no_unknown_letter(
-    command: Command, database: pymongo.database.Database[dict[str, Any]]
-) -> None:
+def test_a_message_without_an_id_is_no_unknown_letter(command: Command, database: Database) -> None:
     """It cannot be replayed, and the line says what can be done."""
     database["jobs"].insert_one(dead("message:1f", "message", "MessageError"))
     code, out, err = command("dead", "replay", "message:1f")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pymongo
 import pytest
 import yaml
 
@@ -13,6 +14,8 @@ from king.broker.base import Delivery
 from king.broker.connect import open_broker
 from king.messages import PostMessage, parse_message
 from scripts.cli import run
+
+Database = pymongo.database.Database[dict[str, Any]]
 
 
 class Command:

@@ -53,9 +53,7 @@ def test_a_drawing_becomes_a_post(tmp_path: Path) -> None:
     assert drawing.picture == tmp_path / "png/animals/fish.png"
 
 
-def test_links_equal_pictures_and_folders_without_subjects_give_no_post(
-    tmp_path: Path,
-) -> None:
+def test_links_equal_pictures_and_folders_without_subjects_give_no_post(tmp_path: Path) -> None:
     _draw(tmp_path, "animals/fish", ["fish"])
     _draw(tmp_path, "food/fish", ["food"])  # the same picture, filed twice
     _draw(tmp_path, "logos/mark", ["fish"], shade=9)

@@ -536,9 +536,7 @@ def test_bad_settings_are_one_line(
         assert word in str(caught.value)
 
 
-def test_trusted_code_runs_and_the_log_says_so(
-    checkpoint: Callable[[Make], Path],
-) -> None:
+def test_trusted_code_runs_and_the_log_says_so(checkpoint: Callable[[Make], Path]) -> None:
     arch = str(checkpoint(own_code))
     extractor = VisualExtractor("image", ImageSettings(arch=arch, trust_remote_code=True, **IMAGE))
     with (

@@ -125,9 +125,7 @@ def test_a_king_that_has_served_ends_with_1_where_it_would_have_refused(tmp_path
     assert str(it.error) == "weights have changed"
 
 
-def test_a_refused_reconnection_is_tried_again_a_refused_first_one_is_not(
-    tmp_path: Path,
-) -> None:
+def test_a_refused_reconnection_is_tried_again_a_refused_first_one_is_not(tmp_path: Path) -> None:
     """A limit of connections may be reached whenever the connection is lost."""
     store, broker = FakeStore(posts("p1")), LimitedBroker()
     with on_fakes(tmp_path / "a", store, broker) as it:

@@ -21,6 +21,8 @@ TIMINGS_MS = {"fuse": 200, "fetch": 1000, "decode": 500, "total": 1700}
 FAILURE = Failure("fetch", "FetchRefused", "HTTP 404")
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
+SpansOf = Callable[..., dict[str, ReadableSpan]]
+
 
 def tagged() -> Tagged:
     """Tags that were there a tenth of a second before their write was confirmed."""
@@ -36,7 +38,7 @@ def tagged() -> Tagged:
 
 
 @pytest.fixture
-def spans_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, ReadableSpan]]:
+def spans_of(monkeypatch: pytest.MonkeyPatch) -> SpansOf:
     """The spans by name of an end that is written at `NOW_S`, whose message came 3 s before."""
 
     class Clock:
@@ -73,9 +75,7 @@ def ids(span: ReadableSpan) -> tuple[int, int]:
     return context.trace_id, context.span_id
 
 
-def test_an_attempt_is_a_span_of_stages(
-    spans_of: Callable[..., dict[str, ReadableSpan]],
-) -> None:
+def test_an_attempt_is_a_span_of_stages(spans_of: SpansOf) -> None:
     spans = spans_of(tagged())
     assert times_s(spans) == {
         "post": (3.0, 0.0),
@@ -112,7 +112,7 @@ def test_an_attempt_is_a_span_of_stages(
     ],
 )
 def test_every_end_of_an_attempt_has_its_outcome(
-    spans_of: Callable[..., dict[str, ReadableSpan]], end: End, outcome: str, error: str | None
+    spans_of: SpansOf, end: End, outcome: str, error: str | None
 ) -> None:
     post = spans_of(end)["post"]
     attributes = post.attributes or {}
@@ -121,7 +121,7 @@ def test_every_end_of_an_attempt_has_its_outcome(
     assert post.status.description == ("fetch: HTTP 404" if error else None)
 
 
-def test_a_trace_of_the_publisher_goes_on(spans_of: Callable[..., dict[str, ReadableSpan]]) -> None:
+def test_a_trace_of_the_publisher_goes_on(spans_of: SpansOf) -> None:
     end = replace(tagged(), started=replace(STARTED, traceparent=TRACEPARENT))
     post = spans_of(end, ratio=0)["post"]  # the publisher's own decision holds
     assert f"{ids(post)[0]:032x}" == TRACEPARENT.split("-")[1]
@@ -130,9 +130,7 @@ def test_a_trace_of_the_publisher_goes_on(spans_of: Callable[..., dict[str, Read
 
 
 @pytest.mark.parametrize("text", ["", "junk", "00-0-0-0", "\ud800", "9" * 100_000])
-def test_a_traceparent_that_cannot_be_read_begins_a_trace(
-    spans_of: Callable[..., dict[str, ReadableSpan]], text: str
-) -> None:
+def test_a_traceparent_that_cannot_be_read_begins_a_trace(spans_of: SpansOf, text: str) -> None:
     end = replace(tagged(), started=replace(STARTED, traceparent=text))
     assert spans_of(end)["post"].parent is None
 
@@ -148,6 +146,6 @@ def test_a_traceparent_that_cannot_be_read_begins_a_trace(
     ids=["settled", "unreadable", "not chosen", "not chosen by the publisher"],
 )
 def test_what_is_not_traced_has_no_span(
-    spans_of: Callable[..., dict[str, ReadableSpan]], end: End, total_s: float | None, ratio: float
+    spans_of: SpansOf, end: End, total_s: float | None, ratio: float
 ) -> None:
     assert spans_of(end, total_s, ratio) == {}
