@@ -120,9 +120,7 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
 
     with local_runner(settings) as runner:
         for post_id in ("full", "7", "junk"):
-            stored = store.queries.post(post_id)
-            assert stored is not None
-            assert stored.result is not None
+            stored: Any = store.queries.post(post_id)
             tags = runner.run(stored.post).tags
             assert [t["name"] for t in stored.result["tags"]] == [t.name for t in tags.tags]
             for online, offline in zip(stored.result["tags"], tags.tags, strict=True):

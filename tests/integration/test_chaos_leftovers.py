@@ -5,6 +5,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chaos_rig.leftovers import Watch
@@ -37,11 +38,10 @@ def test_a_killed_process_leaves_its_file_and_a_foreign_file_is_not_counted(
 ) -> None:
     ours, foreign = names
     watch = Watch()
-    child = subprocess.Popen(
+    child: Any = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(ours)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
-        assert child.stdout is not None
         assert child.stdout.readline() == b"held\n"
         foreign.write_bytes(b"of another program, which was killed")
         watch.look()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -96,10 +97,9 @@ def test_closed_standard_streams_are_not_given_to_files(tmp_path: Path) -> None:
 def test_kings_know_who_is_dead() -> None:
     """A neighbour that has ended is dead; one that lives, or lives elsewhere, is not."""
     code = "from king.jobs import own_name; print(own_name(), flush=True); input()"
-    child = subprocess.Popen(
+    child: Any = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert child.stdout is not None
     name = child.stdout.readline().strip()
     assert name != own_name()
     assert not is_dead(name)

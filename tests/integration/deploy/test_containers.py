@@ -102,8 +102,7 @@ def test_hadolint_finds_no_fault_with_the_image() -> None:
 
 def test_the_image_has_the_lock_of_its_python_and_every_package() -> None:
     text = DOCKERFILE.read_text(encoding="utf-8")
-    version = re.search(r"^ARG PYTHON=(\d+\.\d+)\.\d+$", text, re.MULTILINE)
-    assert version is not None
+    version: Any = re.search(r"^ARG PYTHON=(\d+\.\d+)\.\d+$", text, re.MULTILINE)
     assert set(re.findall(r"constraints/(py[\d.]+)\.txt", text)) == {f"py{version[1]}"}
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     named = {line[1:] for line in ignored if line.startswith("!")}

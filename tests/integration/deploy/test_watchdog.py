@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -47,8 +48,7 @@ with dumped_on_signal(pathlib.Path(sys.argv[2])):
 def sleeper(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process with the King's two signals."""
     command = [sys.executable, "-c", SLEEPER, str(tmp_path / "nudge"), str(tmp_path / "king.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    process: Any = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     with process:
         assert process.stdout.readline() == "ready\n"
         yield process

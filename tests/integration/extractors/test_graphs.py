@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,8 +170,7 @@ def test_bfloat16_is_left_where_it_differs() -> None:
 
 def test_processes_do_not_share_one_core() -> None:
     """By default OpenVINO binds the threads of each process to the same cores, the first ones."""
-    loaded = pictures()._encoder._graph
-    assert loaded is not None
+    loaded: Any = pictures()._encoder._graph
     assert loaded._request.get_compiled_model().get_property("ENABLE_CPU_PINNING") is False
 
 

@@ -178,8 +178,7 @@ def test_lengths_that_are_estimated(tmp_path: Path) -> None:
     )
     for tail in (b"", b"APETAGEX" + bytes(200_000)):
         path.write_bytes(path.read_bytes() + tail)
-        decoded = decode_media("audio", path, FeatureSettings(), LIMITS)
-        assert decoded.sound is not None
+        decoded: Any = decode_media("audio", path, FeatureSettings(), LIMITS)
         assert len(decoded.sound) == 4
         assert decoded.failures == {}
 
@@ -194,8 +193,7 @@ def test_cut_sound(tmp_path: Path, name: str) -> None:
     options = {"movflags": "faststart"} if name.endswith("m4a") else None
     path = media.write_aac(tmp_path / name, noise, rate_hz, codec=codec, options=options)
     cut = media.truncate(path, tmp_path / "95", 0.95)
-    decoded = decode_media("audio", cut, FeatureSettings(), LIMITS)
-    assert decoded.sound is not None
+    decoded: Any = decode_media("audio", cut, FeatureSettings(), LIMITS)
     assert len(decoded.sound) == 7
     assert decoded.failures["audio"].message.startswith("truncated ")
     cut = media.truncate(path, tmp_path / "80", 0.8)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import amqp
 import pytest
@@ -140,13 +141,12 @@ def test_a_server_restart_loses_nothing(site: Site) -> None:
 
 def test_a_killed_consumer_gives_back_what_it_held(site: Site, project_root: Path) -> None:
     publish_posts(site.direct, posts(6))
-    holder = subprocess.Popen(
+    holder: Any = subprocess.Popen(
         [sys.executable, "-c", HOLDER, site.direct.model_dump_json(), "6"],
         cwd=project_root,
         stdout=subprocess.PIPE,
     )
     try:
-        assert holder.stdout is not None
         assert holder.stdout.readline() == b"holding\n"
         with connected(site.direct) as broker:
             consumer = Consumer(broker)

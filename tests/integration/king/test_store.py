@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import pytest
 from bson import Int64, ObjectId
@@ -127,8 +128,7 @@ def test_every_type_of_id_that_the_database_takes_is_tagged_on_every_path(rig: S
     assert results == {post_id: post_id for post_id in ids}
     if isinstance(rig.real, Store):
         for post_id in ids:
-            stored = rig.real.queries.post(post_id)
-            assert stored is not None
+            stored: Any = rig.real.queries.post(post_id)
             assert stored.result is not None
         assert list(rig.real.queries.among([*ids, "absent"], {})) == ids
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,10 +153,9 @@ def test_killed_king_leaves_nothing(tmp_path: Path) -> None:
 
     The next King removes its spool. And the King's side is small and loads no model library.
     """
-    king = subprocess.Popen(
+    king: Any = subprocess.Popen(
         [sys.executable, "-c", KING, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
     )
-    assert king.stdout is not None
     told = json.loads(king.stdout.readline())
     assert told["modules"] == []
     assert told["rss"] < 100 * 1024 * 1024

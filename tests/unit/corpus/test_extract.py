@@ -4,6 +4,7 @@ import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,8 +111,7 @@ def test_a_finished_post_is_found_with_its_failures(tmp_path: Path) -> None:
     """So that a second run tells the same failures; ``retry_failed`` does it again."""
     put(tmp_path, whole(), "video")
     done = store(tmp_path, "image").put(work("image"), share(whole(image=GONE), "image"))
-    found = store(tmp_path, "image").find(work("image"))
-    assert found is not None
+    found: Any = store(tmp_path, "image").find(work("image"))
     assert found.state == "there"
     assert (found.statuses, found.failures) == (done.statuses, done.failures)
     assert store(tmp_path, "image", retry_failed=True).find(work("image")) is None

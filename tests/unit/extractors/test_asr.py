@@ -159,16 +159,13 @@ def test_sound_is_cut_into_windows_of_30_seconds_up_to_the_limit(tmp_path: Path,
         tmp_path / "a.mp4", media.grey_steps(20), audio=media.tone(440, 2, 16_000)
     )
     on = FeatureSettings(asr=AsrSettings(enabled=True, max_s=35), audio=AudioSettings(arch=arch))
-    speech = decode_media("audio", wav, on, DecodeSettings()).speech
-    assert speech is not None
+    speech: Any = decode_media("audio", wav, on, DecodeSettings()).speech
     assert speech.shape == (2, 480_000)
     assert [np.flatnonzero(row)[-1] for row in speech] == pytest.approx([479_999, 79_999], abs=2)
     np.testing.assert_allclose(speech[0], sound[:480_000], atol=2e-4)
-    shown = decode_media("video", film, on, DecodeSettings()).speech
-    assert shown is not None
+    shown: Any = decode_media("video", film, on, DecodeSettings()).speech
     assert shown.shape == (1, 480_000)
-    short = decode_media("audio", wav, on, DecodeSettings(max_audio_s=3)).speech
-    assert short is not None
+    short: Any = decode_media("audio", wav, on, DecodeSettings(max_audio_s=3)).speech
     assert np.flatnonzero(short[0])[-1] < 3 * 16_000
     off = FeatureSettings(audio=AudioSettings(arch=arch))
     assert decode_media("audio", wav, off, DecodeSettings()).speech is None

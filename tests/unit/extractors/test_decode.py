@@ -68,8 +68,7 @@ def test_results_lie_in_the_allocated_memory(tmp_path: Path, kind: MediaKind) ->
 
 def test_an_image(tmp_path: Path) -> None:
     path = media.write_png(tmp_path / "a", media.halves(200, 100))
-    decoded = decode_media("image", path, SMALL.features, SMALL.decode)
-    assert decoded.image is not None
+    decoded: Any = decode_media("image", path, SMALL.features, SMALL.decode)
     assert decoded.image.shape == (1, 48, 48, 3)
     assert decoded.image[0, 24, 2].tolist() == list(media.RED)
     assert decoded.image[0, 24, 45].tolist() == list(media.BLUE)
@@ -78,8 +77,7 @@ def test_an_image(tmp_path: Path) -> None:
 
 def test_an_animation_gives_several_images(tmp_path: Path) -> None:
     path = media.write_animation(tmp_path / "a.gif", media.grey_steps(9))
-    decoded = decode_media("image", path, SMALL.features, SMALL.decode)
-    assert decoded.image is not None
+    decoded: Any = decode_media("image", path, SMALL.features, SMALL.decode)
     assert decoded.image.shape == (3, 48, 48, 3)
     assert len(decoded.pictures) == 1
 

@@ -4,6 +4,7 @@ import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -131,8 +132,7 @@ def test_stream_that_comes_later(tmp_path: Path) -> None:
     with av.open(str(path)) as container, pytest.raises(IndexError):
         for _ in container.demux(*container.streams):
             pass
-    decoded = decode_media("video", path, tiny_features(), DecodeSettings())
-    assert decoded.frames is not None
+    decoded: Any = decode_media("video", path, tiny_features(), DecodeSettings())
     assert len(decoded.frames) == 4
 
 

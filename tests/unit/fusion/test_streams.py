@@ -110,7 +110,7 @@ def test_hidden_streams_have_no_loss_of_their_own() -> None:
     for part in made.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    batch = batch_of(*(features(str(i), seed=i) for i in range(8)))
+    batch: Any = batch_of(*(features(str(i), seed=i) for i in range(8)))
     objective = Objective(
         made, TaggingLoss(LossSettings(), torch.ones(support.CLASSES)), auxiliary=1
     )
@@ -120,7 +120,6 @@ def test_hidden_streams_have_no_loss_of_their_own() -> None:
     said = made.outputs(batch)
     assert torch.equal(said.there["video"], said.there["video_lstm"])
     assert 0 < said.there["video"].sum() < 8
-    assert batch.targets is not None
     wanted = binary_cross_entropy_with_logits(said.logits, batch.targets)
     for stream, there in said.there.items():
         if there.any():
