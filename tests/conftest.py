@@ -161,11 +161,9 @@ def unique_name() -> str:
 
 @pytest.fixture
 def queue_name(unique_name: str) -> str:
-    """A queue of this test alone."""
     return f"{unique_name}.posts"
 
 
 @pytest.fixture
 def project_root() -> Path:
-    """The folder of the checkout."""
     return Path(__file__).resolve().parent.parent

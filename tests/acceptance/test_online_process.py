@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """The daemon's command."""
     return python("online_process.py", *arguments, timeout_s=timeout_s)
 
 
@@ -68,7 +67,6 @@ def settings(
 
 
 def write_config(path: Path, settings: Settings) -> str:
-    """The settings as the file that ``--config`` names."""
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), allow_unicode=True))
     return str(path)
 

@@ -87,7 +87,6 @@ class Corpus:
     done: dict[tuple[Scheme, OcrMode], Path] = field(default_factory=dict)
 
     def features(self, scheme: Scheme, mode: OcrMode) -> Path:
-        """Root of the feature files; extracted once."""
         key = (scheme, mode)
         if key not in self.done:
             root = self.folder / f"features-{scheme}-{mode}"
@@ -98,7 +97,6 @@ class Corpus:
         return self.done[key]
 
     def read(self, scheme: Scheme, mode: OcrMode) -> dict[str, Features]:
-        """The features by post."""
         root = self.features(scheme, mode)
         return {post.post_id: read_features(root, post.post_id) for post in self.posts}
 
@@ -114,7 +112,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
 
 
 def data_file(corpus: Corpus, root: Path, out: Path, posts: list[Post]) -> Path:
-    """The posts with their labels and feature files."""
     from extractors.feature_file import feature_path
 
     entries = [

@@ -170,12 +170,10 @@ def test_the_server_counts_requests_and_tags(desk: Desk) -> None:
 
 
 def shown(family: Metric) -> str:
-    """Return the name as queries have it."""
     return f"{family.name}_total" if family.type == "counter" else family.name
 
 
 def rows(king: list[Metric], http: list[Metric]) -> list[str]:
-    """Return the table of docs/metrics.md."""
     sources = {"King": {shown(f) for f in king}, "HTTP": {shown(f) for f in http}}
     families: dict[str, Metric] = {}
     for family in [*http, *king]:  # the King's, which have samples, replace those of the server

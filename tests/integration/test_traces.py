@@ -52,7 +52,6 @@ class Taker(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """A collector."""
     with serving(Collector()) as server:
         yield server
 

@@ -24,7 +24,6 @@ WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (128, 128, 128)
 
 
 def solid(width: int, height: int, colour: Sequence[int] = RED) -> Pixels:
-    """One colour everywhere."""
     return np.full((height, width, len(colour)), colour, np.uint8)
 
 
@@ -106,7 +105,6 @@ def write_png(path: Path, pixels: np.ndarray) -> Path:
 
 
 def write_webp(path: Path, pixels: Pixels) -> Path:
-    """A still WebP."""
     return _write(path, ".webp", pixels)
 
 
@@ -122,19 +120,16 @@ def write_animation(path: Path, frames: Sequence[np.ndarray], *, frame_ms: int =
 
 
 def write_wav(path: Path, sound: Sound, rate_hz: int = 16000, *, subtype: str = "PCM_16") -> Path:
-    """A WAV file."""
     soundfile.write(str(path), sound, rate_hz, format="WAV", subtype=subtype)
     return path
 
 
 def write_ogg(path: Path, sound: Sound, rate_hz: int = 16000) -> Path:
-    """An OGG Vorbis file."""
     soundfile.write(str(path), sound, rate_hz, format="OGG", subtype="VORBIS")
     return path
 
 
 def write_flac(path: Path, sound: Sound, rate_hz: int = 16000) -> Path:
-    """A FLAC file."""
     soundfile.write(str(path), sound, rate_hz, format="FLAC")
     return path
 
@@ -214,7 +209,6 @@ class _Track:
             self._position += len(rows)
 
     def close(self) -> None:
-        """Flush the encoder."""
         for converted in self._resampler.resample(None):
             self._container.mux(self._stream.encode(converted))
         self._container.mux(self._stream.encode(None))

@@ -74,7 +74,6 @@ class Server(abc.ABC):
 
     @property
     def pid(self) -> int | None:
-        """The running server's process ID."""
         return self._process.pid if self._process is not None and self.running else None
 
     @property
@@ -132,7 +131,6 @@ class Server(abc.ABC):
             self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
 
@@ -260,7 +258,6 @@ class RabbitMQServer(Server):
 
     @property
     def url(self) -> str:
-        """``amqp://`` URL of the default virtual host."""
         return self.url_at(self.port)
 
     def url_at(self, port: int) -> str:

@@ -20,7 +20,6 @@ MACHINE_PATH = re.compile(r"""(?<![\w.:/])/(?:home|root|Users|work|mnt|opt|data)
 
 
 def modules() -> list[Path]:
-    """Every module of the product."""
     found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     return [*found, *sorted(ROOT.glob("*.py"))]
 

@@ -50,7 +50,6 @@ class Rig(Checkout):
 
     @property
     def pid(self) -> int:
-        """Of the King that supervisord runs."""
         return self.client.program().pid
 
     def begin(self) -> int:
@@ -62,7 +61,6 @@ class Rig(Checkout):
         return self.pid
 
     def publish(self, post_id: str) -> None:
-        """Insert a post and put it on the queue."""
         from config.load import load_settings
         from king.messages import PostMessage
 
@@ -71,20 +69,17 @@ class Rig(Checkout):
         publish_posts(load_settings(self.folder / "settings.yaml").broker, [PostMessage(post_id)])
 
     def tagged(self, post_id: str) -> bool:
-        """Tell if a post has tags."""
         with self._client() as client:
             post = client[self._name]["posts"].find_one({"_id": post_id}) or {}
         return bool((post.get("insight") or {}).get("status") == "tagged")
 
     def trouble(self, word: str) -> None:
-        """Make the King stall."""
         part = self.folder / "trouble.part"
         part.write_text(word)
         part.rename(self.folder / "trouble")
         assert eventually(lambda: not (self.folder / "trouble").exists())
 
     def restarts(self) -> int:
-        """Count the watchdog's restarts of the King."""
         return self.watchdog_log().count('"action": "restart"')
 
     def stacks(self) -> str:

@@ -31,7 +31,6 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def pictures(engine: Engine = "auto") -> VisualExtractor:
-    """A loaded extractor of pictures."""
     settings = ImageSettings(
         arch=TINY_CNN, weights="random:1", image_size=64, precision="fp32", engine=engine
     )

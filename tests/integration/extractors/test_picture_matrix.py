@@ -70,7 +70,6 @@ def test_orientations(tmp_path: Path, name: str, orientation: int) -> None:
 
 
 def add_chunk(path: Path, chunk: bytes) -> None:
-    """Put a chunk behind the header of a PNG."""
     data = path.read_bytes()
     whole = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     path.write_bytes(data[:33] + whole + data[33:])
@@ -309,8 +308,6 @@ def unpadded(path: Path) -> None:
 
 
 def bad_chunk(*chunks: bytes) -> Callable[[Path], None]:
-    """A PNG with further chunks of wrong checksums."""
-
     def write(path: Path) -> None:
         Image.fromarray(QUADRANTS).save(path, "PNG")
         data, at = path.read_bytes(), 33

@@ -47,12 +47,10 @@ class Site:
 
     @property
     def direct(self) -> BrokerSettings:
-        """Settings that bypass the proxy."""
         return settings_for(self.server.url, self.queue)
 
     @property
     def proxied(self) -> BrokerSettings:
-        """Settings through the proxy."""
         url = self.server.url.replace(f":{self.server.port}/", f":{self.proxy.port}/")
         return settings_for(url, self.queue)
 
@@ -70,7 +68,6 @@ def posts(count: int, start: int = 0) -> list[PostMessage]:
 
 
 def ids(consumer: Consumer) -> set[str]:
-    """Of the posts that came."""
     return {parse_message(body).post_id for body in consumer.bodies}
 
 
@@ -167,7 +164,6 @@ def test_a_killed_consumer_gives_back_what_it_held(site: Site, project_root: Pat
 
 
 def delete_queue(server: RabbitMQServer, name: str) -> None:
-    """Delete a queue, as an operator could."""
     with amqp.Connection(f"127.0.0.1:{server.port}") as client:
         client.channel().queue_delete(name)
 

@@ -40,31 +40,26 @@ def queue_on(server: RedisServer | RabbitMQServer, queue_name: str) -> BrokerSet
 
 @pytest.fixture
 def on_redis(redis_server: RedisServer, queue_name: str) -> BrokerSettings:
-    """A queue on Redis."""
     return queue_on(redis_server, queue_name)
 
 
 @pytest.fixture
 def on_rabbitmq(rabbitmq: RabbitMQServer, queue_name: str) -> BrokerSettings:
-    """A queue on RabbitMQ."""
     return queue_on(rabbitmq, queue_name)
 
 
 @pytest.fixture
 def settings(broker_server: RedisServer | RabbitMQServer, queue_name: str) -> BrokerSettings:
-    """A queue on each kind of broker."""
     return queue_on(broker_server, queue_name)
 
 
 @pytest.fixture
 def lists(on_redis: BrokerSettings) -> Iterator[redis.Redis]:
-    """A plain Redis client."""
     with redis.Redis.from_url(on_redis.url) as client:
         yield client
 
 
 def received(settings: BrokerSettings, count: int) -> list[bytes]:
-    """Consume and acknowledge."""
     with connected(settings) as broker:
         consumer = Consumer(broker, ack=True)
         consumer.take(count)

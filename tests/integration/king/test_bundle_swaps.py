@@ -80,7 +80,6 @@ class Daemon:
         return folder
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the daemon; its log is kept."""
         config = self.folder / "config.yaml"
         config.write_text(json.dumps(self.settings.model_dump(mode="json")), encoding="utf-8")
         with self._log.open("wb") as log:
@@ -97,7 +96,6 @@ class Daemon:
             shutil.copytree(bundle, part, dirs_exist_ok=True)
 
     def said(self, event: str) -> list[dict[str, Any]]:
-        """Return the lines of an event."""
         lines = self._log.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if f'"{event}"' in line]
 
@@ -105,7 +103,6 @@ class Daemon:
         wait_until(done, PATIENCE_S, what)
 
     def until_served(self, name: str, version: str | None = None) -> None:
-        """Wait until the daemon says that it serves the bundle."""
         version = version or newest_version(self.served)
         self.until(
             lambda: any(
@@ -120,7 +117,6 @@ class Daemon:
         return read_health(self.settings.king.health_file) or {}
 
     def publish(self, count: int) -> list[str]:
-        """Insert posts and publish them; return their IDs."""
         ids = [f"p{self._number + i:05}" for i in range(count)]
         texts = [TEXTS[(self._number + i) % len(TEXTS)] for i in range(count)]
         self._number += count
@@ -130,7 +126,6 @@ class Daemon:
         return ids
 
     def tagged(self, ids: Sequence[str]) -> list[dict[str, Any]]:
-        """Wait until posts are tagged; return their documents."""
         named = {"_id": {"$in": list(ids)}}
         done = {**named, "insight.status": "tagged"}
         posts = self.store.client.posts

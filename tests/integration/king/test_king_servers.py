@@ -47,13 +47,11 @@ class Site:
         self.store.connect()
 
     def with_king(self, **changes: Any) -> Settings:
-        """The settings with another King section."""
         return self.settings.model_copy(
             update={"king": self.settings.king.model_copy(update=changes)}
         )
 
     def add(self, number: int, *, publish: bool = True) -> list[str]:
-        """Posts in the database, and their messages on the queue."""
         ids = [f"p{i}" for i in range(number)]
         media = {"images": ["http://a/1"], "videos": [{"url": "http://a/2"}]}
         self.store.client.posts.insert_many([{"_id": i, "text": "hello", **media} for i in ids])
@@ -62,11 +60,9 @@ class Site:
         return ids
 
     def publish(self, ids: list[str]) -> None:
-        """Messages on the queue."""
         publish_posts(self.settings.broker, [PostMessage(i) for i in ids])
 
     def depth(self) -> int:
-        """Messages that wait."""
         broker = open_broker(self.settings.broker)
         broker.connect()
         with closing(broker):
@@ -74,7 +70,6 @@ class Site:
 
     @property
     def tagged(self) -> int:
-        """Number of tagged posts."""
         return int(self.store.queries.counts()["tagged"])
 
     @contextmanager
@@ -106,12 +101,10 @@ class Site:
         return read_health(self.settings.king.health_file) or {}
 
     def told(self, event: str) -> bool:
-        """Tell if the children have logged an event."""
         return any(line["event"] == event for line in self.log)
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """Return the log lines of the children."""
         lines = (self.folder / "child.log").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 

@@ -151,7 +151,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checks(
     capsys: pytest.CaptureFixture[str], site: Path, *sets: str, code: int
 ) -> dict[str, dict[str, Any]]:
-    """Return the checks by name."""
     words = [word for each in sets for word in ("--set", each)]
     assert run(["doctor", "--json", "--config", str(site / "settings.yaml"), *words]) == code
     out, err = capsys.readouterr()

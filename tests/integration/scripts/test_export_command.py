@@ -65,7 +65,6 @@ def test_backbones_are_written(
 
 
 def session(path: Path) -> Any:
-    """An ONNX file, loaded."""
     import onnxruntime
 
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -40,7 +40,6 @@ class Place:
         self.store = Store(StoreClient(self.settings.store))
 
     def post(self, post_id: Any, **fields: Any) -> None:
-        """Insert one post."""
         self.store.client.posts.insert_one({"_id": post_id, **fields})
 
     def result(self, post_id: Any, status: str, age_s: float) -> None:

@@ -19,7 +19,6 @@ from workers.protocol import DecodeTask, Task
 
 @pytest.fixture
 def chromium() -> str:
-    """The browser's executable."""
     found = find_chromium()
     if found is None:
         unavailable("no chromium found; apt install chromium")

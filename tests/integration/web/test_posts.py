@@ -36,7 +36,6 @@ def settings(
 
 @pytest.fixture
 def posts(tmp_path: Path, settings: Settings) -> Iterator[Desk]:
-    """The application with queue and database."""
     (tmp_path / "downloads").mkdir()
     for desk in make_desk(settings, FakePool(tmp_path / "downloads")):
         desk.runner.start()
@@ -45,7 +44,6 @@ def posts(tmp_path: Path, settings: Settings) -> Iterator[Desk]:
 
 @pytest.fixture
 def database(settings: Settings) -> Iterator[Any]:
-    """The database itself."""
     client: pymongo.MongoClient[Any] = pymongo.MongoClient(settings.store.url)
     yield client[settings.store.database]
     client.close()

@@ -44,7 +44,6 @@ class Site:
 
     @property
     def media(self) -> Path:
-        """The folder of media."""
         return self.folder / "media"
 
 
@@ -109,7 +108,6 @@ class FlaskServer:
         return status == 202
 
     def until_ready(self, timeout_s: float = 300) -> "FlaskServer":
-        """Wait for the workers."""
         end = time.monotonic() + timeout_s
         while True:
             found = self.answer("/readyz?only=workers")
@@ -121,16 +119,13 @@ class FlaskServer:
 
     @property
     def said(self) -> str:
-        """Its log."""
         return self.log.read_text(encoding="utf-8")
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """The events of a name in its log."""
         lines = [json.loads(line) for line in self.said.splitlines() if line.startswith("{")]
         return [line for line in lines if line["event"] == name]
 
     def descendants(self) -> list[psutil.Process]:
-        """The processes under it."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def stop(self, number: int = signal.SIGTERM) -> int:

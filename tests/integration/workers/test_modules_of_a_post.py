@@ -94,7 +94,6 @@ def test_a_post_passes_few_modules(
 
 
 def tell(pool: ProcessPool, number: int) -> None:
-    """Send every worker a signal."""
     for view in pool.workers:
         if view.pid is not None:
             os.kill(view.pid, number)

@@ -205,7 +205,6 @@ def get(url: str, folder: Path, *, allow_private_hosts: bool = False) -> bytes:
 
 
 def refused(url: str, folder: Path) -> str:
-    """The reason of a permanent refusal; nothing was written."""
     with pytest.raises(FetchRefused) as caught:
         get(url, folder)
     assert list(folder.iterdir()) == []

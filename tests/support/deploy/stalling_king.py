@@ -51,7 +51,6 @@ class StallingBroker(RedisBroker):
 
 
 def main() -> int:
-    """Run until SIGTERM."""
     settings = load_settings(sys.argv[sys.argv.index("--config") + 1])
     configure_logs("json")
     pool = fake_pool(settings.fetch.spool.parent)

@@ -47,7 +47,6 @@ class FakeStore:
         self.leases: dict[str, tuple[str, float]] = {}
 
     def connect(self) -> None:
-        """Nothing to reach."""
         self._require()
 
     def close(self) -> None:

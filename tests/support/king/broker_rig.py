@@ -65,7 +65,6 @@ class Consumer:
 
     @property
     def bodies(self) -> list[bytes]:
-        """In the order of arrival."""
         return [delivery.body for delivery in self.got]
 
     def until(self, done: Callable[[], bool], timeout_s: float = 60, *, heal: bool = False) -> None:
@@ -105,7 +104,6 @@ class Consumer:
 
 
 def connected(settings: BrokerSettings) -> contextlib.closing[Broker]:
-    """A connected broker for the duration of a block."""
     broker = open_broker(settings)
     broker.connect()
     return contextlib.closing(broker)

@@ -81,7 +81,6 @@ class Running:
         self.stop()
 
     def stop(self, timeout_s: float = 60) -> None:
-        """Drain, and wait for the end."""
         self.king.stop()
         self.join(timeout_s)
 
@@ -104,13 +103,11 @@ def on_fakes(
     answer: Callable[[Task], Answer] | None = None,
     **king: Any,
 ) -> Running:
-    """A King without any server."""
     pool = fake_pool(folder, answer)
     return Running(king_settings(folder, **king), pool, store=store, broker=broker)
 
 
 def posts(*ids: Any, **fields: Any) -> list[dict[str, Any]]:
-    """Documents with a text."""
     return [{"_id": post_id, "text": "hello", **fields} for post_id in ids]
 
 

@@ -27,7 +27,6 @@ def png(seed: int, size_bytes: int = 400) -> bytes:
 
 
 def wav(seconds: float = 0.1) -> bytes:
-    """A silent WAV sound."""
     data = b"\0\0" * int(16000 * seconds)
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16)
     body = b"WAVE" + form + struct.pack("<4sI", b"data", len(data)) + data

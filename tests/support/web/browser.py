@@ -26,7 +26,6 @@ _FLAGS = (
 
 
 def find_chromium() -> str | None:
-    """The browser's executable, or None."""
     named = os.environ.get("INSIGHTTAG_TEST_CHROMIUM")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     return named or next((path for name in names if (path := shutil.which(name))), None)

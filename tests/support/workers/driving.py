@@ -153,7 +153,6 @@ class Driver:
 
 
 def through(driver: Driver, *posts: Post, cache: bool = False) -> list[Features]:
-    """Run posts on the pool, all at once."""
     outcomes: dict[PostRun, PostOutcome] = {}
     runs = PostRuns(driver.pool, fuse=False)
     begun = [

@@ -31,7 +31,6 @@ def fetch(media: Media, settings: FetchSettings, folder: Path, name: str) -> Fet
 
 
 def get(url: str, folder: Path, **changes: Any) -> bytes:
-    """Fetch, read and delete."""
     fetched = fetch(Media("image", url), settings_of(**changes), folder, "file")
     path = Path(fetched.path)
     content = path.read_bytes()

@@ -161,7 +161,6 @@ class Net:
         self.dialled: list[tuple[str, int]] = []
 
     def forget(self) -> None:
-        """Everything that was seen."""
         self.dialled.clear()
         self.names.forget()
         for server in (self.public, self.trap):

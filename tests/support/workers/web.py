@@ -171,6 +171,5 @@ class _Handler(Answers):
 
 @contextmanager
 def web_server() -> Iterator[Web]:
-    """A running server."""
     with serving(Web()) as server:
         yield server

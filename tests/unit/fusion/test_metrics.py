@@ -20,7 +20,6 @@ TARGETS = [[1, 0, 1], [0, 1, 0]]
 
 
 def case(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """A random case without ties."""
     chance = np.random.default_rng(seed)
     shape = (int(chance.integers(1, 40)), int(chance.integers(1, 60)))
     scores = chance.permutation(shape[0] * shape[1]).reshape(shape) / (shape[0] * shape[1])

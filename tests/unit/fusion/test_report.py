@@ -324,7 +324,6 @@ def scored(rng: np.random.Generator, posts: int = 40) -> Scored:
 
 
 def batches(agreement: Agreement, one: Scored, other: Scored, truth: np.ndarray) -> Agreement:
-    """Add all in batches of 7."""
     for start in range(0, len(truth), 7):
         rows = slice(start, start + 7)
         agreement.add(

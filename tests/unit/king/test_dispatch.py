@@ -79,7 +79,6 @@ def bench(
     deadline_s: float = 30,
     **pool: object,
 ) -> Iterator[Bench]:
-    """A running dispatch thread."""
     spool.mkdir(exist_ok=True)
     king = KingSettings(attempts=attempts, backoff_s=2, post_deadline_s=deadline_s)
     it = Bench(spool, answer, king, **pool)

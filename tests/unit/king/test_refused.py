@@ -29,7 +29,6 @@ class PickyStore(FakeStore):
         return True
 
     def begin(self, claims: Any, context: Any) -> Any:
-        """As `FakeStore`, or refused."""
         refused = [self._refuse("begin", one.message.post_id) for one in claims]
         return [
             WriteRefused("bad", "validation")
@@ -39,7 +38,6 @@ class PickyStore(FakeStore):
         ]
 
     def finish(self, outcomes: Any, context: Any) -> Any:
-        """As `FakeStore`, or refused."""
         refused = [self._refuse("finish", one.started.post_id) for one in outcomes]
         return [
             WriteRefused("bad", "validation")

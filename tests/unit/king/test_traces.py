@@ -70,7 +70,6 @@ def times_s(spans: dict[str, ReadableSpan]) -> dict[str, tuple[float, float]]:
 
 
 def ids(span: ReadableSpan) -> tuple[int, int]:
-    """Return the IDs of the trace and of the span."""
     context: Any = span.get_span_context()
     return context.trace_id, context.span_id
 
