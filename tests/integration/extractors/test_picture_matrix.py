@@ -409,20 +409,9 @@ def test_tall_screenshots_are_read(tmp_path: Path) -> None:
     """Every line of a chat of ten screens is read, once and in order."""
     image = Image.new("RGB", (1080, 9000), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(56)
-    words = [
-        "apple",
-        "river",
-        "stone",
-        "cloud",
-        "music",
-        "tiger",
-        "bread",
-        "glass",
-        "horse",
-        "paper",
-    ]
+    words = ["apple", "river", "stone", "cloud", "music", "tiger", "bread", "glass", "horse"]
     for i in range(30):
-        draw.text((60, 60 + 300 * i), f"{words[i % 10]} {words[i // 10]} {100 + i}", "black", font)
+        draw.text((60, 60 + 300 * i), f"{words[i % 9]} {words[i // 9]} {100 + i}", "black", font)
     image.save(tmp_path / "a.png")
     features = FeatureSettings.model_validate({"image": {"image_size": 32}})
     decoded = decode_media("image", tmp_path / "a.png", features, DecodeSettings())

@@ -99,13 +99,9 @@ def test_doctor_counts_what_fits_and_what_does_not(
             ]
         )
     words = ["doctor", "--set", f"store.url={mongo_url}", "--set", f"store.database={unique_name}"]
-    words += ["--set", "features.text.weights=random:1", "--set", "features.text.arch=me/bert"]
-    words += [
-        "--set",
-        "features.image.arch=me/siglip",
-        "--set",
-        "features.image.weights=pretrained",
-    ]
+    encoders = ("text.weights=random:1", "text.arch=me/bert", "image.arch=me/siglip")
+    for each in (*encoders, "image.weights=pretrained"):
+        words += ["--set", f"features.{each}"]
     assert run([*words, "--json"]) == 1  # weights and a bundle are missing
     content = json.loads(capsys.readouterr().out)
     assert content["posts"] == 4

@@ -329,12 +329,8 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(
 
 def test_status_says_what_cannot_be_reached(command: Command) -> None:
     """Broker and database down: exit 1, each said to be so, passwords hidden, within seconds."""
-    down = (
-        "--set",
-        "broker.url=redis://:secret@127.0.0.1:1/0",
-        "--set",
-        "store.url=mongodb://user:secret@127.0.0.1:1/",
-    )
+    down = ["--set", "broker.url=redis://:secret@127.0.0.1:1/0"]
+    down += ["--set", "store.url=mongodb://user:secret@127.0.0.1:1/"]
     started = time.monotonic()
     code, out, err = command("status", *down)
     assert code == 1

@@ -325,17 +325,7 @@ def tag_text(w: Weights, post: Features) -> Said:
     return logits, own_heads(w, means)
 
 
+_ALL = (token_transformer, concat_mlp, concat_se, gmu, nextvlad_se, attention_lstm, mbt, ml_decoder)
 FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
-    "token_transformer": token_transformer,
-    "concat_mlp": concat_mlp,
-    "concat_se": concat_se,
-    "gmu": gmu,
-    "nextvlad_se": nextvlad_se,
-    "attention_lstm": attention_lstm,
-    "mbt": mbt,
-    "ml_decoder": ml_decoder,
-    "late": late,
-    "linear_probe": linear_probe,
-    "knn": knn,
-    "tag_text": tag_text,
+    forward.__name__: forward for forward in (*_ALL, late, linear_probe, knn, tag_text)
 }

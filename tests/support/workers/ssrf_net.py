@@ -216,6 +216,5 @@ def loopback_net(
             return Socket if name == "socket" else getattr(socket, name)
 
     monkeypatch.setattr("workers.fetch.socket", Module())
-    with serving(public), serving(trap):
-        with closing(names):
-            yield net
+    with serving(public), serving(trap), closing(names):
+        yield net

@@ -37,9 +37,8 @@ def test_posts_are_tagged_and_acknowledged_after_the_write(tmp_path: Path) -> No
         return ack(delivery)
 
     broker.ack = watch  # type: ignore[method-assign]
-    with structlog.testing.capture_logs() as logs:
-        with on_fakes(tmp_path, store, broker) as it:
-            it.until(lambda: len(broker.acked) == 3)
+    with structlog.testing.capture_logs() as logs, on_fakes(tmp_path, store, broker) as it:
+        it.until(lambda: len(broker.acked) == 3)
     assert it.exit_code == 0
     assert {post["insight"]["status"] for post in store.posts.values()} == {"tagged"}
     assert store.jobs == {}
@@ -157,15 +156,17 @@ def test_retryable_failures_come_back_until_they_succeed(tmp_path: Path) -> None
 
     store = FakeStore(posts("p1"))
     broker = MemoryBroker(queue_of(b"p1"))
-    with structlog.testing.capture_logs() as logs:
-        with Running(
+    with (
+        structlog.testing.capture_logs() as logs,
+        Running(
             king_settings(tmp_path, attempts=5),
             fake_pool(tmp_path, answer),
             store=store,
             broker=broker,
-        ) as it:
-            it.until(lambda: store.posts["p1"].get("insight"))
-            it.until(lambda: len(broker.acked) == 3)
+        ) as it,
+    ):
+        it.until(lambda: store.posts["p1"].get("insight"))
+        it.until(lambda: len(broker.acked) == 3)
     assert store.posts["p1"]["insight"]["attempts"] == 3
     assert store.jobs == {}
     assert [m.post_id for m in broker.published] == ["p1", "p1"]

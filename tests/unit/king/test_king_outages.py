@@ -43,13 +43,12 @@ def test_broker_and_database_away_at_the_start(tmp_path: Path) -> None:
     store, broker = FakeStore(posts("p1")), MemoryBroker(queue_of(b"p1"))
     store.down.set()
     broker.queue.reachable = False
-    with structlog.testing.capture_logs() as logs:
-        with on_fakes(tmp_path, store, broker) as it:
-            it.until(lambda: it.king.status.phase == "store_down")
-            store.down.clear()
-            it.until(lambda: it.king.status.phase == "broker_down")
-            broker.queue.reachable = True
-            it.until(lambda: len(broker.acked) == 1)
+    with structlog.testing.capture_logs() as logs, on_fakes(tmp_path, store, broker) as it:
+        it.until(lambda: it.king.status.phase == "store_down")
+        store.down.clear()
+        it.until(lambda: it.king.status.phase == "broker_down")
+        broker.queue.reachable = True
+        it.until(lambda: len(broker.acked) == 1)
     assert {"king.store_unreachable", "king.broker_unreachable"} <= {line["event"] for line in logs}
 
 
