@@ -21,6 +21,7 @@ from king.store.client import StoreClient
 from king.store.documents import id_text
 from king.store.store import Store
 from tests.support.king.store_rig import NOW, begin_one, context, mongo_store, started, tagged
+from tests.support.mistakes import one_line
 from tests.support.services import MongoServer
 
 
@@ -99,11 +100,9 @@ def test_unreachable_database_is_named_without_its_password() -> None:
     url = "mongodb://reader:secret@127.0.0.1:9/"
     store = Store(StoreClient(StoreSettings(url=url, timeout_s=0.3)))
     for call in (store.connect, store.open_jobs, lambda: begin_one(store, "p1")):
-        with pytest.raises(StoreUnavailable) as caught:
+        with one_line(StoreUnavailable, "reader:***@127.0.0.1:9") as caught:
             call()
-        assert "reader:***@127.0.0.1:9" in str(caught.value)
         assert "secret" not in str(caught.value)
-        assert "\n" not in str(caught.value)
     store.close()
 
 
@@ -135,9 +134,8 @@ def test_a_silent_name_server_passes_and_a_wrong_name_does_not(
         url = "mongodb+srv://u:secret@db.cluster.example/"
         client = StoreClient(StoreSettings(url=url, timeout_s=3))
         for _ in range(2):  # it is asked for again
-            with pytest.raises(kind, match=r"store\.url: mongodb\+srv://u:\*\*\*@") as caught:
+            with one_line(kind, match=r"store\.url: mongodb\+srv://u:\*\*\*@"):
                 client.connect()
-            assert "\n" not in str(caught.value)
 
 
 @contextmanager

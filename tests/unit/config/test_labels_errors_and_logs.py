@@ -15,6 +15,7 @@ from common.errors import ConfigError, PermanentError, RetryableError, TaggingEr
 from common.logs import configure_logs
 from common.urls import redact
 from config.labels import LabelMap
+from tests.support.mistakes import one_line
 
 
 @pytest.mark.parametrize(
@@ -78,10 +79,8 @@ def _rest() -> dict[str, str]:
 )
 def test_wrong_label_maps_are_refused(tmp_path: Path, content: object, told: str) -> None:
     file = label_file(tmp_path, content)
-    with pytest.raises(ConfigError) as caught:
+    with one_line(ConfigError, told, str(file)):
         LabelMap.load(file)
-    assert told in str(caught.value)
-    assert str(file) in str(caught.value)
 
 
 def test_a_name_that_stands_twice_is_found_in_a_large_map() -> None:

@@ -8,6 +8,7 @@ from common.errors import ConfigError
 from config.labels import LabelMap
 from config.settings import FusionSettings, InferSettings
 from config.tag_rules import TagRules
+from tests.support.mistakes import one_line
 
 LABELS = LabelMap(("cat", "dog", "sea", "animals"))
 
@@ -62,11 +63,8 @@ def test_tags_that_posts_can_be_given(
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, line: str) -> None:
-    with pytest.raises(ConfigError) as raised:
+    with one_line(ConfigError, line, match=f"^fusion.tags: {tmp_path / 'tags.yaml'}: "):
         read(tmp_path, text).served(LABELS)
-    assert str(raised.value).startswith(f"fusion.tags: {tmp_path / 'tags.yaml'}: ")
-    assert line in str(raised.value)
-    assert "\n" not in str(raised.value)
 
 
 def test_a_file_that_is_missing_is_named_with_its_key(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fusion.data.dataset import FeatureFiles, PostDataset
 from fusion.data.posts import PostList, stratified_folds
 from fusion.models.base import Collate
 from tests.support.fusion import support
+from tests.support.mistakes import one_line
 
 ENTRIES: list[dict[str, Any]] = [
     {"post_id": "a", "labels": ["tag1", "tag3"], "features": "f/a.safetensors", "text": "x"},
@@ -82,11 +83,8 @@ def test_entries_are_what_json_says_wherever_blocks_end(
 def test_a_broken_data_file_is_one_line(text: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(text)
-    with pytest.raises(ConfigError) as caught:
+    with one_line(ConfigError, str(file), says):
         PostList.read(file, support.LABELS)
-    assert str(file) in str(caught.value)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from common.errors import MessageError
 from king.messages import PostMessage, parse_message
+from tests.support.mistakes import one_line
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,8 @@ def test_reads_every_accepted_form(body: bytes | str, expected: PostMessage) -> 
     ],
 )
 def test_refuses_with_a_one_line_reason(body: bytes | str, reason: str) -> None:
-    with pytest.raises(MessageError, match=reason) as caught:
+    with one_line(MessageError, match=reason):
         parse_message(body)
-    assert "\n" not in str(caught.value)
 
 
 @given(

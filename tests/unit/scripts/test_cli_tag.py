@@ -14,6 +14,7 @@ from config.settings import Settings
 from fusion.data.data_file import read_whole_posts
 from scripts.cli import run
 from scripts.commands.common import ago
+from tests.support.mistakes import one_line
 from workers import local
 from workers.post_run import PostTags
 
@@ -68,10 +69,8 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, content: Any, named: str) -> None:
     file = written(tmp_path, content)
-    with pytest.raises(ConfigError) as caught:
+    with one_line(ConfigError, named, str(file)):
         read_whole_posts(file)
-    assert named in str(caught.value)
-    assert str(file) in str(caught.value)
 
 
 def test_text_that_is_no_json_is_named(tmp_path: Path) -> None:
