@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torchvision.ops import sigmoid_focal_loss
 
 from common.errors import ConfigError
 from config.load import validate
@@ -81,14 +80,6 @@ def test_a_loss_equals_its_formula(name: str) -> None:
     slope = (numpy_costs(settings, x + 1e-6, t) - numpy_costs(settings, x - 1e-6, t)) / 2e-6
     assert logits.grad is not None
     np.testing.assert_allclose(logits.grad * x.size, slope, atol=2e-5)
-
-
-def test_focal_equals_torchvision() -> None:
-    settings = LossSettings.model_validate(SETTINGS["focal alpha"])
-    logits, targets = given()
-    wanted = sigmoid_focal_loss(logits, targets.round(), alpha=0.25, gamma=1.5, reduction="mean")
-    found = TaggingLoss(settings, torch.ones(5))(logits, targets.round())
-    torch.testing.assert_close(found, wanted)
 
 
 def two_way_in_numpy(x: Numbers, t: Numbers, weights: Numbers) -> float:

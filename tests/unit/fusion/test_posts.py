@@ -109,17 +109,6 @@ def test_posts_come_back_as_they_stand_in_the_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(posts.positives(), wanted.sum(axis=0))
 
 
-def test_some_posts_of_a_list(tmp_path: Path) -> None:
-    content = [{"post_id": str(i), "labels": [f"tag{j}" for j in range(i % 4)]} for i in range(20)]
-    posts = PostList.read(written(tmp_path, "a.jsonl", content), support.LABELS)
-    rows = np.random.default_rng(0).permutation(20)[:9]
-    some = posts.take(rows)
-    assert [record.post_id for record in some] == [str(row) for row in rows]
-    np.testing.assert_array_equal(some.targets(), posts.targets()[rows])
-    assert [r.post_id for r in some[2:5]] == [str(row) for row in rows[2:5]]
-    assert len(posts.take([])) == 0
-
-
 def test_the_author_of_a_post_comes_with_its_batch(tmp_path: Path) -> None:
     """From the data file, when the features are read and when they are kept; "" without one."""
     entries = []
@@ -252,6 +241,7 @@ def test_a_pool_is_its_lists_one_after_another(lists: tuple[PostList, PostList])
     np.testing.assert_array_equal(some.positives(), targets[rows].sum(axis=0))
     assert [record.post_id for record in some[1:3]] == [both[0], both[9]]
     assert some.take([2])[0].post_id == both[9]
+    assert len(pool.take([])) == 0
     assert some.entry(0)["post_id"] == both[13]
     ends, labels = some.label_rows()
     assert set(labels[ends[1] : ends[2]]) == set(np.flatnonzero(targets[0]))
