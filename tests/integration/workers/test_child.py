@@ -19,25 +19,8 @@ from tests.support.services import RedisServer
 from tests.support.workers.driving import decode_task, fetch_task, text_task
 from tests.support.workers.fixtures import Ends
 from tests.support.workers.web import web_server
+from workers import protocol
 from workers.pool.channel import Arena, Channel
-from workers.protocol import (
-    Began,
-    CacheHits,
-    CacheLookup,
-    Command,
-    Decoded,
-    DecodeTask,
-    Done,
-    Envelope,
-    Expect,
-    Extracted,
-    ExtractTask,
-    Failed,
-    Launch,
-    Ready,
-    Stop,
-    Task,
-)
 from workers.roles import batched, loop
 from workers.roles.loop import (
     Context,
@@ -58,14 +41,16 @@ class OutOfMemoryError(RuntimeError):
 def test_out_of_memory_halves_until_it_fits() -> None:
     sizes: list[int] = []
 
-    def run(items: Sequence[int]) -> list[Extracted]:
+    def run(items: Sequence[int]) -> list[protocol.Extracted]:
         sizes.append(len(items))
         if len(items) > 2 or 13 in items:
             raise OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return [Extracted(text=str(item)) for item in items]
+        return [protocol.Extracted(text=str(item)) for item in items]
 
     outcomes = run_batch("extract", run, list(range(8)))
-    assert [o.text for o in outcomes if isinstance(o, Extracted)] == [str(i) for i in range(8)]
+    assert [o.text for o in outcomes if isinstance(o, protocol.Extracted)] == [
+        str(i) for i in range(8)
+    ]
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
     [failure] = run_batch("extract", run, [13])
     assert isinstance(failure, Failure)
@@ -75,10 +60,10 @@ def test_out_of_memory_halves_until_it_fits() -> None:
 
 
 def test_members_run_alone_when_a_batch_raises() -> None:
-    def run(items: Sequence[int]) -> list[Extracted]:
+    def run(items: Sequence[int]) -> list[protocol.Extracted]:
         if 3 in items:
             raise FeatureError("three is wrong")
-        return [Extracted(text=str(item)) for item in items]
+        return [protocol.Extracted(text=str(item)) for item in items]
 
     outcomes = run_batch("extract", run, [1, 3, 5])
     assert [type(o).__name__ for o in outcomes] == ["Extracted", "Failure", "Extracted"]
@@ -98,7 +83,7 @@ def test_lost_device_ends_the_process(message: str) -> None:
     """After a device-side assert nothing else in the process can succeed: it is not tried."""
     calls = []
 
-    def run(items: Sequence[int]) -> list[Extracted]:
+    def run(items: Sequence[int]) -> list[protocol.Extracted]:
         calls.append(len(items))
         raise RuntimeError(message)
 
@@ -121,15 +106,15 @@ def test_failures_know_whether_to_come_back() -> None:
 def test_batches_are_taken_by_queue_and_room() -> None:
     """The oldest task's queue is batched up to its limit; suspects run alone; order is kept."""
     rows = {"text": 2, "video": 8}
-    tasks: list[Task] = [
+    tasks: list[protocol.Task] = [
         text_task("a"),
         fetch_task("f"),
         text_task("b"),
         text_task("c"),
         decode_task(),
     ]
-    backlog = deque(Envelope(i, task, 9.0) for i, task in enumerate(tasks))
-    backlog.append(Envelope(5, text_task("d"), 9.0, solo=True))
+    backlog = deque(protocol.Envelope(i, task, 9.0) for i, task in enumerate(tasks))
+    backlog.append(protocol.Envelope(5, text_task("d"), 9.0, solo=True))
     batches = []
     while backlog:
         batches.append([envelope.task_id for envelope in take_batch(backlog, rows)])
@@ -147,55 +132,57 @@ class Scripted(Handler):
     def load(self) -> dict[str, str]:
         return {"loaded": "yes"}
 
-    def run(self, tasks: Sequence[Task]) -> list[Any]:
-        texts = [task.text for task in tasks if isinstance(task, ExtractTask)]
+    def run(self, tasks: Sequence[protocol.Task]) -> list[Any]:
+        texts = [task.text for task in tasks if isinstance(task, protocol.ExtractTask)]
         self.ran.append(texts)
-        return [Extracted(text=text.upper()) for text in texts]
+        return [protocol.Extracted(text=text.upper()) for text in texts]
 
-    def between_batches(self, channel: Channel[Command]) -> float | None:
+    def between_batches(self, channel: Channel[protocol.Command]) -> float | None:
         if ["retire"] in self.ran:
             raise Retire
         return 5.0
 
-    def control(self, message: Command) -> None:
+    def control(self, message: protocol.Command) -> None:
         self.heard.append(message)
 
     def close(self) -> None:
         self.closed = True
 
 
-def context_of(channel: Channel[Command], arena: Arena | None = None, **sections: Any) -> Context:
-    launch = Launch(run="", role="extract", name="toy-0", settings="{}")
+def context_of(
+    channel: Channel[protocol.Command], arena: Arena | None = None, **sections: Any
+) -> Context:
+    launch = protocol.Launch(run="", role="extract", name="toy-0", settings="{}")
     return Context(channel, launch, Settings.model_validate(sections), arena)
 
 
 def test_loop_answers_in_order_and_stops(ends: Ends) -> None:
     king, worker = ends
     for i, text in enumerate(["a", "b"]):
-        king.send(Envelope(i, text_task(text), time.monotonic() + 60))
-    king.send(Envelope(2, text_task("late"), 0.0))
-    king.send(Expect("{}"))
+        king.send(protocol.Envelope(i, text_task(text), time.monotonic() + 60))
+    king.send(protocol.Envelope(2, text_task("late"), 0.0))
+    king.send(protocol.Expect("{}"))
     handler = Scripted()
     done = threading.Thread(target=serve, args=(context_of(worker), handler))
     done.start()
     said: list[Any] = []
     while len(said) < 5:
         said += king.receive_wait(60)
-    assert said[0] == Ready({"loaded": "yes"})
+    assert said[0] == protocol.Ready({"loaded": "yes"})
     late = Failure("extract", "RetryableError", "waited past its deadline", retryable=True)
-    assert said[1] == Failed(2, late)
-    assert said[2] == Began((0, 1))
+    assert said[1] == protocol.Failed(2, late)
+    assert said[2] == protocol.Began((0, 1))
     assert [message.result.text for message in said[3:]] == ["A", "B"]
-    king.send(Stop())
+    king.send(protocol.Stop())
     done.join(60)
-    assert (handler.ran, handler.heard) == ([["a", "b"]], [Expect("{}")])
+    assert (handler.ran, handler.heard) == ([["a", "b"]], [protocol.Expect("{}")])
     assert handler.closed
 
 
 def test_loop_ends_when_a_handler_retires_or_the_king_is_gone(ends: Ends) -> None:
     """Either way the loop returns, and the handler is closed."""
     king, worker = ends
-    king.send(Envelope(1, text_task("retire"), time.monotonic() + 60))
+    king.send(protocol.Envelope(1, text_task("retire"), time.monotonic() + 60))
     handler = Scripted()
     serve(context_of(worker), handler)
     assert handler.ran == [["retire"]]
@@ -209,7 +196,7 @@ def test_loop_ends_when_a_handler_retires_or_the_king_is_gone(ends: Ends) -> Non
 def test_decoder_out_of_memory_is_replaced(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that needs too much memory fails with the key that bounds it; the process ends."""
 
-    def run_decode(task: Any, *_: Any) -> Decoded:
+    def run_decode(task: Any, *_: Any) -> protocol.Decoded:
         if task.path == "hungry":
             raise MemoryError
         raise MediaError("truncated")
@@ -218,9 +205,11 @@ def test_decoder_out_of_memory_is_replaced(ends: Ends, monkeypatch: pytest.Monke
     monkeypatch.setattr("workers.roles.batched.limit_memory", lambda megabytes: None)
     king, worker = ends
     for i, path in enumerate(["broken", "hungry"]):
-        king.send(Envelope(i, DecodeTask("image", path, 0), time.monotonic() + 60))
+        king.send(
+            protocol.Envelope(i, protocol.DecodeTask("image", path, 0), time.monotonic() + 60)
+        )
     batched.decode(context_of(worker, Arena.private(1, 4096), decode={"memory_mb": 7}))
-    failures = [m.failure.message for m in king.receive_wait(5) if isinstance(m, Failed)]
+    failures = [m.failure.message for m in king.receive_wait(5) if isinstance(m, protocol.Failed)]
     assert failures == ["truncated", "needs more memory than decode.memory_mb (7)"]
     with pytest.raises(ConfigError, match="passed no slots"):
         batched.decode(context_of(worker))
@@ -233,19 +222,19 @@ def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> N
     context = replace(context, launch=msgspec.structs.replace(context.launch, spool=str(tmp_path)))
     with web_server() as web:
         for i, path in enumerate(["/ok", "/status/404", "/ok"]):
-            king.send(Envelope(i, fetch_task(web.url(path)), time.monotonic() + 60))
-        king.send(Envelope(3, fetch_task(web.url("/ok")), 0.0))
+            king.send(protocol.Envelope(i, fetch_task(web.url(path)), time.monotonic() + 60))
+        king.send(protocol.Envelope(3, fetch_task(web.url("/ok")), 0.0))
         thread = threading.Thread(target=loop.fetch, args=(context,))
         thread.start()
         said: list[Any] = []
-        while sum(isinstance(message, (Done, Failed)) for message in said) < 4:
+        while sum(isinstance(message, (protocol.Done, protocol.Failed)) for message in said) < 4:
             said += king.receive_wait(60)
-        king.send(Stop())
+        king.send(protocol.Stop())
         thread.join(60)
-    assert said[0] == Ready()
-    ended = {m.task_id: m for m in said if isinstance(m, (Done, Failed))}
+    assert said[0] == protocol.Ready()
+    ended = {m.task_id: m for m in said if isinstance(m, (protocol.Done, protocol.Failed))}
     assert [type(ended[i]).__name__ for i in range(4)] == ["Done", "Failed", "Done", "Failed"]
-    assert not any(isinstance(message, Began) for message in said)  # it begins all at once
+    assert not any(isinstance(message, protocol.Began) for message in said)  # it begins all at once
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["0", "2"]
     with pytest.raises(ConfigError, match=r"fetch\.spool"):
         loop.fetch(context_of(worker))
@@ -262,21 +251,23 @@ def test_cache_that_hangs(ends: Ends, tmp_path: Path) -> None:
     said: list[Any] = []
 
     def ask(task_id: int) -> None:
-        task = CacheLookup((), frozenset({"text"}), "a cat")
-        king.send(Envelope(task_id, task, time.monotonic() + 60))
-        while not any(isinstance(message, Done) and message.task_id == task_id for message in said):
+        task = protocol.CacheLookup((), frozenset({"text"}), "a cat")
+        king.send(protocol.Envelope(task_id, task, time.monotonic() + 60))
+        while not any(
+            isinstance(message, protocol.Done) and message.task_id == task_id for message in said
+        ):
             said.extend(king.receive_wait(60))
 
     try:
-        king.send(Expect(packed({"text": "f"})))
+        king.send(protocol.Expect(packed({"text": "f"})))
         ask(0)
         server.pause()
         started = time.monotonic()
         for task_id in range(1, 20):
             ask(task_id)
         assert 0.5 <= time.monotonic() - started < 8, "once for each look-up is 10 s and more"
-        assert all(m.result == CacheHits() for m in said if isinstance(m, Done))
-        king.send(Stop())
+        assert all(m.result == protocol.CacheHits() for m in said if isinstance(m, protocol.Done))
+        king.send(protocol.Stop())
     finally:
         server.resume()
         thread.join(60)

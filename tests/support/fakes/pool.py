@@ -17,29 +17,10 @@ import numpy as np
 
 from common.post import Failure, MediaKind, Stream, Tag, Tags
 from extractors.parts import PartKind
+from workers import protocol
 from workers.pool.channel import SlotTable
-from workers.protocol import (
-    ArrayRef,
-    BundleLoaded,
-    Decoded,
-    DecodeTask,
-    Done,
-    Extracted,
-    ExtractTask,
-    Failed,
-    Fetched,
-    FetchTask,
-    FuseTask,
-    Part,
-    PoolEvent,
-    PoolReady,
-    PoolRefused,
-    Result,
-    Task,
-    WorkerView,
-)
 
-Answer: TypeAlias = Result | Failure | None
+Answer: TypeAlias = protocol.Result | Failure | None
 """A result, a failure, or None for a task that never ends."""
 
 _PART_OF: dict[MediaKind, PartKind] = {"audio": "sound", "video": "frames", "image": "image"}
@@ -50,7 +31,7 @@ DIED = Failure("extract", "WorkerDied", "worker fake-0 died (signal 9)", retryab
 @dataclass
 class _Task:
     task_id: int
-    task: Task
+    task: protocol.Task
     deadline: float
     order: tuple[int, int, int]
     due: float
@@ -69,7 +50,7 @@ class FakePool:
     def __init__(
         self,
         spool: Path,
-        answer: Callable[[Task], Answer] | None = None,
+        answer: Callable[[protocol.Task], Answer] | None = None,
         *,
         slots: int = 4,
         latency_s: float = 0.0,
@@ -82,7 +63,7 @@ class FakePool:
         self.refused: str | None = None
         self.fingerprints: dict[Stream, str] = {}
         self.slots = SlotTable(slots)
-        self.submitted: list[Task] = []
+        self.submitted: list[protocol.Task] = []
         self.stopped = False
         self._spool = spool
         self._answer = answer or default_answer
@@ -92,16 +73,16 @@ class FakePool:
         self._bundle = bundle
         self._queue: list[_Task] = []
         self._running: list[_Task] = []
-        self._events: list[PoolEvent] = []
+        self._events: list[protocol.PoolEvent] = []
         self._ids = itertools.count(1)
         self._woken = threading.Event()
         self._done = 0
 
     @property
-    def workers(self) -> list[WorkerView]:
+    def workers(self) -> list[protocol.WorkerView]:
         held = len(self._running)
         return [
-            WorkerView(
+            protocol.WorkerView(
                 "fake-0", "extract", "cpu", (), "ready", None, held, self._done, self._done, 0
             )
         ]
@@ -109,8 +90,10 @@ class FakePool:
     def start(self) -> None:
         self._ready_at += time.monotonic()
 
-    def submit(self, task: Task, *, deadline: float, priority: int = 0, turn: int = 0) -> int:
-        if isinstance(task, ExtractTask):
+    def submit(
+        self, task: protocol.Task, *, deadline: float, priority: int = 0, turn: int = 0
+    ) -> int:
+        if isinstance(task, protocol.ExtractTask):
             for slot in {ref.slot for ref in task.refs}:
                 self.slots.retain(slot)
         self.submitted.append(task)
@@ -130,7 +113,7 @@ class FakePool:
         """No more tasks refer to the slot."""
         self.slots.release(slot)
 
-    def poll(self, timeout_s: float) -> list[PoolEvent]:
+    def poll(self, timeout_s: float) -> list[protocol.PoolEvent]:
         """Work until there is an event, the time is up, or `wake`."""
         end = time.monotonic() + timeout_s
         while True:
@@ -154,23 +137,23 @@ class FakePool:
     def swap_bundle(self, name: str, version: str, **more: Any) -> None:
         """Serve another bundle; ``more`` are further fields of `BundleLoaded`."""
         self.bundle = self._bundle = (name, version)
-        self._events.append(BundleLoaded(name, version, **more))
+        self._events.append(protocol.BundleLoaded(name, version, **more))
 
     def refuse(self, message: str) -> None:
         """Give up, after having worked."""
         self.refused = message
-        self._events.append(PoolRefused(message))
+        self._events.append(protocol.PoolRefused(message))
 
     def _work(self) -> None:
         now = time.monotonic()
         if self._refuse is not None and self.refused is None:
             self.refused = self._refuse
-            self._events.append(PoolRefused(self._refuse))
+            self._events.append(protocol.PoolRefused(self._refuse))
         if not self.ready:
             if self._refuse is not None or now < self._ready_at:
                 return
             self.ready, self.bundle = True, self._bundle
-            self._events.append(PoolReady())
+            self._events.append(protocol.PoolReady())
         for entry in [e for e in self._running if e.due <= now]:
             answer = self._answer(entry.task)
             if answer is None:
@@ -179,7 +162,7 @@ class FakePool:
                 continue
             self._end(entry, answer)
         for entry in list(self._queue):
-            if isinstance(entry.task, DecodeTask):
+            if isinstance(entry.task, protocol.DecodeTask):
                 slot = self.slots.acquire()
                 if slot is None:
                     continue  # the extraction tasks behind it will free one
@@ -188,62 +171,62 @@ class FakePool:
             entry.due = now + self._latency_s
             self._running.append(entry)
 
-    def _end(self, entry: _Task, answer: Result | Failure) -> None:
+    def _end(self, entry: _Task, answer: protocol.Result | Failure) -> None:
         self._running.remove(entry)
         self._done += 1
-        if isinstance(entry.task, FetchTask) and isinstance(answer, Fetched):
+        if isinstance(entry.task, protocol.FetchTask) and isinstance(answer, protocol.Fetched):
             path = self._spool / f"{entry.task_id}.bin"
             path.write_bytes(b"media")
-            answer = Fetched(str(path), 5)
-        if isinstance(entry.task, DecodeTask) and isinstance(answer, Decoded):
+            answer = protocol.Fetched(str(path), 5)
+        if isinstance(entry.task, protocol.DecodeTask) and isinstance(answer, protocol.Decoded):
             if not Path(entry.task.path).exists():
                 answer = Failure("decode", "MediaError", "the file is gone")
             else:
                 parts = [
-                    Part(p.kind, msgspec.structs.replace(p.ref, slot=entry.task.slot))
+                    protocol.Part(p.kind, msgspec.structs.replace(p.ref, slot=entry.task.slot))
                     for p in answer.parts
                 ]
                 answer = msgspec.structs.replace(answer, parts=tuple(parts))
-        self._free(entry, keeps_slot=isinstance(answer, Decoded) and bool(answer.parts))
+        self._free(entry, keeps_slot=isinstance(answer, protocol.Decoded) and bool(answer.parts))
         if isinstance(answer, Failure):
-            self._events.append(Failed(entry.task_id, answer))
+            self._events.append(protocol.Failed(entry.task_id, answer))
         else:
-            self._events.append(Done(entry.task_id, answer))
+            self._events.append(protocol.Done(entry.task_id, answer))
 
     def _free(self, entry: _Task, *, keeps_slot: bool) -> None:
-        if isinstance(entry.task, ExtractTask):
+        if isinstance(entry.task, protocol.ExtractTask):
             for slot in {ref.slot for ref in entry.task.refs}:
                 self.slots.drop(slot)
-        elif isinstance(entry.task, DecodeTask) and entry.task.slot >= 0:
+        elif isinstance(entry.task, protocol.DecodeTask) and entry.task.slot >= 0:
             if keeps_slot:
                 self.slots.hand_over(entry.task.slot)
             else:
                 self.slots.abandon(entry.task.slot)
 
 
-def default_answer(task: Task) -> Answer:
+def default_answer(task: protocol.Task) -> Answer:
     """Everything goes well: one picture for OCR in each media file, one tag for each post."""
-    if isinstance(task, FetchTask):
-        return Fetched("", 0)
-    if isinstance(task, DecodeTask):
+    if isinstance(task, protocol.FetchTask):
+        return protocol.Fetched("", 0)
+    if isinstance(task, protocol.DecodeTask):
         return decoded(_PART_OF[task.kind])
-    if isinstance(task, ExtractTask):
+    if isinstance(task, protocol.ExtractTask):
         if task.extractor == "ocr":
-            return Extracted(text="words in the picture")
-        return Extracted(array=np.ones((2, 4), np.float16))
-    if isinstance(task, FuseTask):
+            return protocol.Extracted(text="words in the picture")
+        return protocol.Extracted(array=np.ones((2, 4), np.float16))
+    if isinstance(task, protocol.FuseTask):
         return tags_of(task)
     raise TypeError(f"no answer to {task}")
 
 
-def decoded(kind: PartKind) -> Decoded:
+def decoded(kind: PartKind) -> protocol.Decoded:
     """One array for a feature, and one picture to read."""
-    parts = [Part(kind, ArrayRef(0, 0, (1, 2, 2, 3), "uint8"))]
+    parts = [protocol.Part(kind, protocol.ArrayRef(0, 0, (1, 2, 2, 3), "uint8"))]
     if kind != "sound":
-        parts.append(Part("picture", ArrayRef(0, 64, (2, 2, 3), "uint8")))
-    return Decoded(tuple(parts))
+        parts.append(protocol.Part("picture", protocol.ArrayRef(0, 64, (2, 2, 3), "uint8")))
+    return protocol.Decoded(tuple(parts))
 
 
-def tags_of(task: FuseTask, version: str = "1") -> Tags:
+def tags_of(task: protocol.FuseTask, version: str = "1") -> Tags:
     scores = np.array([0.9, 0.1])
     return Tags(task.features.post_id, "fake", version, (Tag(0, "sport", 0.9),), scores)

@@ -9,19 +9,7 @@ from typing import Any
 from common.errors import StoreUnavailable
 from common.post import Failure
 from config.settings import StoreSettings
-from king.jobs import (
-    QUEUED_FOR_S,
-    Claim,
-    ClaimContext,
-    Dead,
-    Job,
-    Outcome,
-    Rejected,
-    Superseded,
-    Tagged,
-    Unreadable,
-    Verdict,
-)
+from king import jobs
 from king.store.documents import id_text, match_ids, partial_attempts, tagged_by
 from king.store.store import changes_after, judge, unreadable_letter
 
@@ -40,7 +28,7 @@ class FakeStore:
 
     def __init__(self, posts: Sequence[Mapping[str, Any]] = ()) -> None:
         self.posts: dict[Any, dict[str, Any]] = {_key(post["_id"]): dict(post) for post in posts}
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, jobs.Job] = {}
         self.down = threading.Event()
         self.refuse: set[str] = set()
         self.closed = False
@@ -52,11 +40,11 @@ class FakeStore:
     def close(self) -> None:
         self.closed = True
 
-    def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]:
+    def begin(self, claims: Sequence[jobs.Claim], context: jobs.ClaimContext) -> list[jobs.Verdict]:
         self._require()
         return [self._begin(claim, context) for claim in claims]
 
-    def _begin(self, claim: Claim, context: ClaimContext) -> Verdict:
+    def _begin(self, claim: jobs.Claim, context: jobs.ClaimContext) -> jobs.Verdict:
         post_id = claim.message.post_id
         document = match_ids(self.posts.values(), [post_id], "_id").get(post_id)
         judged = judge(claim, document, self.jobs.get(post_id), context, StoreSettings())
@@ -64,31 +52,33 @@ class FakeStore:
             self.jobs[post_id] = judged.job
         elif judged.is_stale:
             del self.jobs[post_id]
-        if isinstance(judged.verdict, Rejected) and document is not None:
+        if isinstance(judged.verdict, jobs.Rejected) and document is not None:
             self._write(document, judged.verdict.result(context).document())
         return judged.verdict
 
-    def finish(self, outcomes: Sequence[Outcome], context: ClaimContext) -> list[Outcome]:
+    def finish(
+        self, outcomes: Sequence[jobs.Outcome], context: jobs.ClaimContext
+    ) -> list[jobs.Outcome]:
         self._require()
         return [self._finish(outcome, context) for outcome in outcomes]
 
-    def _finish(self, outcome: Outcome, context: ClaimContext) -> Outcome:
-        if isinstance(outcome, Unreadable):
+    def _finish(self, outcome: jobs.Outcome, context: jobs.ClaimContext) -> jobs.Outcome:
+        if isinstance(outcome, jobs.Unreadable):
             letter = unreadable_letter(outcome, context)
             self.jobs[letter.post_id] = letter
             return outcome
         started = outcome.started
-        if isinstance(outcome, Tagged) and started.post_id in self.refuse:
+        if isinstance(outcome, jobs.Tagged) and started.post_id in self.refuse:
             refused = Failure("store", "StoreRefused", "the result was refused")
-            outcome = Dead(started, refused, outcome.timings_ms)
+            outcome = jobs.Dead(started, refused, outcome.timings_ms)
         document = self.posts[_key(started.document_id)]
-        if isinstance(outcome, Tagged):
+        if isinstance(outcome, jobs.Tagged):
             if not self._write(document, outcome.result.document()):
                 version = document["insight"]["version"]
-                outcome = Superseded(started, version, outcome.timings_ms)
+                outcome = jobs.Superseded(started, version, outcome.timings_ms)
             elif (shadow := outcome.result.shadow) is not None:
                 document["insight_shadow"] = shadow.document()
-        elif isinstance(outcome, Dead):
+        elif isinstance(outcome, jobs.Dead):
             self._write(document, outcome.result(context.bundle).document())
         job = self.jobs.get(started.post_id)
         if job is not None and job.owner == context.owner:
@@ -110,14 +100,14 @@ class FakeStore:
             return True
         return False
 
-    def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None:
+    def renew(self, post_ids: Sequence[str], context: jobs.ClaimContext) -> None:
         self._require()
         for post_id in post_ids:
             job = self.jobs.get(post_id)
             if job is not None and job.owner == context.owner and job.state == "running":
                 self.jobs[post_id] = replace(job, **context.lease)
 
-    def claim_due(self, context: ClaimContext, limit: int) -> list[Job]:
+    def claim_due(self, context: jobs.ClaimContext, limit: int) -> list[jobs.Job]:
         self._require()
         due = [
             job
@@ -134,18 +124,20 @@ class FakeStore:
             claimed.append(self.jobs[job.post_id])
         return claimed
 
-    def published(self, post_ids: Sequence[str], context: ClaimContext) -> None:
+    def published(self, post_ids: Sequence[str], context: jobs.ClaimContext) -> None:
         self._require()
         for post_id in post_ids:
             job = self.jobs.get(post_id)
             if job is not None and job.state == "queued":
-                self.jobs[post_id] = replace(job, owner=None, due_at=context.now + QUEUED_FOR_S)
+                self.jobs[post_id] = replace(
+                    job, owner=None, due_at=context.now + jobs.QUEUED_FOR_S
+                )
 
     @property
     def now(self) -> float:
         return time.time()
 
-    def release_dead(self, context: ClaimContext) -> int:
+    def release_dead(self, context: jobs.ClaimContext) -> int:
         self._require()
         released = [
             job
@@ -165,7 +157,7 @@ class FakeStore:
         without = (id_text(p["_id"]) for p in self.posts.values() if not p.get("insight"))
         return (post_id for post_id in without if post_id not in self.jobs)
 
-    def partial_ids(self, context: ClaimContext) -> Iterator[str]:
+    def partial_ids(self, context: jobs.ClaimContext) -> Iterator[str]:
         self._require()
         path, retry, now = StoreSettings().result_path, context.retry, context.now
         due = (
@@ -175,7 +167,7 @@ class FakeStore:
         )
         return (post_id for post_id in map(id_text, due) if post_id not in self.jobs)
 
-    def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
+    def take_lease(self, name: str, context: jobs.ClaimContext, lease_s: float) -> bool:
         self._require()
         owner, until = self.leases.get(name, (context.owner, 0.0))
         if owner != context.owner and until > context.now and not context.is_dead(owner):
@@ -183,7 +175,7 @@ class FakeStore:
         self.leases[name] = (context.owner, context.now + lease_s)
         return True
 
-    def job(self, post_id: str) -> Job | None:
+    def job(self, post_id: str) -> jobs.Job | None:
         """Return one job, as `king.store.queries.PostQueries` does."""
         return self.jobs.get(post_id)
 

@@ -11,24 +11,9 @@ import psutil
 from common.post import Features, Media, Post
 from config.settings import Settings
 from tests.support.workers.toys import ROLES
+from workers import protocol
 from workers.pool.pool import ProcessPool
 from workers.post_run import PostOutcome, PostPlan, PostRun, PostRuns, PostTags
-from workers.protocol import (
-    Decoded,
-    DecodeTask,
-    Done,
-    Extracted,
-    ExtractTask,
-    Failed,
-    FetchTask,
-    FuseTask,
-    PoolEvent,
-    PoolReady,
-    PoolRefused,
-    Task,
-    WorkerRole,
-    WorkerView,
-)
 
 PATIENCE_S = 180.0
 """Loading torch takes a worker a minute where many tests share two cores."""
@@ -51,11 +36,14 @@ class Driver:
     """A pool and what it has told so far."""
 
     def __init__(
-        self, settings: Settings, roles: Mapping[WorkerRole, str] = ROLES, grace_s: float = 0.5
+        self,
+        settings: Settings,
+        roles: Mapping[protocol.WorkerRole, str] = ROLES,
+        grace_s: float = 0.5,
     ) -> None:
         self.settings = settings
         self.pool = ProcessPool(settings, roles=roles, grace_s=grace_s)
-        self.told: list[PoolEvent] = []
+        self.told: list[protocol.PoolEvent] = []
 
     def until(self, true: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
         end = time.monotonic() + timeout_s
@@ -69,17 +57,21 @@ class Driver:
 
     def start(self) -> "Driver":
         self.pool.start()
-        self.until(lambda: any(isinstance(e, (PoolReady, PoolRefused)) for e in self.told))
-        if PoolReady() not in self.told:
+        self.until(
+            lambda: any(
+                isinstance(e, (protocol.PoolReady, protocol.PoolRefused)) for e in self.told
+            )
+        )
+        if protocol.PoolReady() not in self.told:
             self.pool.stop(1)
             raise AssertionError(f"the pool refused to start: {self.told}")
         return self
 
-    def submit(self, task: Task, *, seconds: float = PATIENCE_S, priority: int = 0) -> int:
+    def submit(self, task: protocol.Task, *, seconds: float = PATIENCE_S, priority: int = 0) -> int:
         return self.pool.submit(task, deadline=time.monotonic() + seconds, priority=priority)
 
     @contextlib.contextmanager
-    def held(self, make: Callable[[str], Task], folder: Path) -> Iterator[int]:
+    def held(self, make: Callable[[str], protocol.Task], folder: Path) -> Iterator[int]:
         """A task that a worker has begun, and that ends after the block or with its worker."""
         folder.mkdir()
         task_id = self.submit(make(f"hold:{folder}"))
@@ -89,44 +81,44 @@ class Driver:
         finally:
             (folder / "go").touch()
 
-    def outcome(self, task_id: int) -> Done | Failed | None:
+    def outcome(self, task_id: int) -> protocol.Done | protocol.Failed | None:
         for event in self.told:
-            if isinstance(event, (Done, Failed)) and event.task_id == task_id:
+            if isinstance(event, (protocol.Done, protocol.Failed)) and event.task_id == task_id:
                 return event
         return None
 
-    def wait(self, task_id: int) -> Done | Failed:
+    def wait(self, task_id: int) -> protocol.Done | protocol.Failed:
         self.until(lambda: self.outcome(task_id))
         found = self.outcome(task_id)
         assert found is not None
         return found
 
-    def done(self, task_id: int) -> Done:
+    def done(self, task_id: int) -> protocol.Done:
         event = self.wait(task_id)
-        assert isinstance(event, Done), event
+        assert isinstance(event, protocol.Done), event
         return event
 
-    def failed(self, task_id: int) -> Failed:
+    def failed(self, task_id: int) -> protocol.Failed:
         event = self.wait(task_id)
-        assert isinstance(event, Failed), event
+        assert isinstance(event, protocol.Failed), event
         return event
 
-    def run(self, task: Task, **options: Any) -> Any:
+    def run(self, task: protocol.Task, **options: Any) -> Any:
         return self.done(self.submit(task, **options)).result
 
     def say(self, text: str, **options: Any) -> str:
         """Return the extract worker's answer to a text."""
         result = self.run(text_task(text), **options)
-        assert isinstance(result, Extracted)
+        assert isinstance(result, protocol.Extracted)
         assert result.text is not None
         return result.text
 
-    def decode(self, text: str = "x") -> Decoded:
+    def decode(self, text: str = "x") -> protocol.Decoded:
         result = self.run(decode_task(text))
-        assert isinstance(result, Decoded)
+        assert isinstance(result, protocol.Decoded)
         return result
 
-    def view(self, name: str) -> WorkerView:
+    def view(self, name: str) -> protocol.WorkerView:
         return next(w for w in self.pool.workers if w.name == name)
 
     def pid(self, name: str) -> int:
@@ -169,7 +161,7 @@ def through(driver: Driver, *posts: Post, cache: bool = False) -> list[Features]
         runs.begin(run)
     while len(runs):
         for event in driver.pool.poll(0.1):
-            if isinstance(event, (Done, Failed)):
+            if isinstance(event, (protocol.Done, protocol.Failed)):
                 runs.handle(event)
         runs.expire()
     found = [outcomes[run] for run in begun]
@@ -200,17 +192,17 @@ def memory_files() -> int:
     return count
 
 
-def text_task(text: str) -> ExtractTask:
-    return ExtractTask("text", "text", text=text)
+def text_task(text: str) -> protocol.ExtractTask:
+    return protocol.ExtractTask("text", "text", text=text)
 
 
-def decode_task(text: str = "x") -> DecodeTask:
-    return DecodeTask("video", text, -1)
+def decode_task(text: str = "x") -> protocol.DecodeTask:
+    return protocol.DecodeTask("video", text, -1)
 
 
-def fetch_task(text: str) -> FetchTask:
-    return FetchTask(Media("image", text))
+def fetch_task(text: str) -> protocol.FetchTask:
+    return protocol.FetchTask(Media("image", text))
 
 
-def fuse_task(text: str) -> FuseTask:
-    return FuseTask(Features(text, {}, {}))
+def fuse_task(text: str) -> protocol.FuseTask:
+    return protocol.FuseTask(Features(text, {}, {}))

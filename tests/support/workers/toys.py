@@ -17,36 +17,22 @@ import numpy as np
 
 from common.errors import ConfigError
 from common.post import Failure, Tags
+from workers import protocol
 from workers.pool.channel import Channel
-from workers.protocol import (
-    BundleLoaded,
-    Command,
-    Decoded,
-    DecodeTask,
-    Extracted,
-    ExtractTask,
-    Fetched,
-    FetchTask,
-    FuseTask,
-    Part,
-    Result,
-    Task,
-    WorkerRole,
-)
 from workers.roles.loop import Context, DeviceLost, Handler, Outcome, run_batch, serve
 
 TOY = "tests.support.workers.toys:run"
-ROLES: dict[WorkerRole, str] = {"fetch": TOY, "decode": TOY, "extract": TOY, "fuse": TOY}
+ROLES: dict[protocol.WorkerRole, str] = {"fetch": TOY, "decode": TOY, "extract": TOY, "fuse": TOY}
 
 
-def text_of(task: Task) -> str:
-    if isinstance(task, FetchTask):
+def text_of(task: protocol.Task) -> str:
+    if isinstance(task, protocol.FetchTask):
         return task.media.source
-    if isinstance(task, DecodeTask):
+    if isinstance(task, protocol.DecodeTask):
         return task.path
-    if isinstance(task, ExtractTask):
+    if isinstance(task, protocol.ExtractTask):
         return task.text
-    assert isinstance(task, FuseTask)
+    assert isinstance(task, protocol.FuseTask)
     return task.features.post_id
 
 
@@ -81,13 +67,13 @@ class Toy(Handler):
             }
         return {}
 
-    def between_batches(self, channel: Channel[Command]) -> float | None:
+    def between_batches(self, channel: Channel[protocol.Command]) -> float | None:
         if self.swap is not None:
-            channel.send_wait(BundleLoaded(*self.swap))
+            channel.send_wait(protocol.BundleLoaded(*self.swap))
             self.swap = None
         return 1.0
 
-    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
+    def run(self, tasks: Sequence[protocol.Task]) -> list[Outcome]:
         self.batch = len(tasks)
         for task in tasks:
             verb, _, rest = text_of(task).partition(":")
@@ -107,7 +93,7 @@ class Toy(Handler):
         while not (folder / "go").exists():
             time.sleep(0.01)
 
-    def one(self, task: Task) -> Result:
+    def one(self, task: protocol.Task) -> protocol.Result:
         verb, _, rest = text_of(task).partition(":")
         if verb == "sleep":
             time.sleep(float(rest))
@@ -115,45 +101,47 @@ class Toy(Handler):
             raise ConfigError(rest)
         if verb == "swap":
             self.swap = ("toy", rest)
-        if isinstance(task, FetchTask):
+        if isinstance(task, protocol.FetchTask):
             return self.fetched(verb, rest)
-        if isinstance(task, DecodeTask):
+        if isinstance(task, protocol.DecodeTask):
             return self.decoded(task, verb)
-        if isinstance(task, ExtractTask):
+        if isinstance(task, protocol.ExtractTask):
             return self.extracted(task, verb, rest)
-        assert isinstance(task, FuseTask)
+        assert isinstance(task, protocol.FuseTask)
         return Tags(rest, "toy", "1", (), np.zeros(1))
 
-    def fetched(self, verb: str, rest: str) -> Result:
+    def fetched(self, verb: str, rest: str) -> protocol.Result:
         if verb == "elsewhere":
-            return Fetched("/etc/passwd", 1)
+            return protocol.Fetched("/etc/passwd", 1)
         if verb == "above":
-            return Fetched(f"{self.context.launch.spool}/..", 1)
+            return protocol.Fetched(f"{self.context.launch.spool}/..", 1)
         path = Path(self.context.launch.spool) / f"{rest}-file"
         path.write_text("x")
-        return Fetched(str(path), 1)
+        return protocol.Fetched(str(path), 1)
 
-    def decoded(self, task: DecodeTask, verb: str) -> Result:
+    def decoded(self, task: protocol.DecodeTask, verb: str) -> protocol.Result:
         if verb == "no-parts":
-            return Decoded(5)  # type: ignore[arg-type]  # as a decoder that was taken over
+            return protocol.Decoded(5)  # type: ignore[arg-type]  # as a decoder that was taken over
         if verb == "empty":
-            return Decoded((), {"audio": Failure("decode", "MediaError", "broken")})
+            return protocol.Decoded((), {"audio": Failure("decode", "MediaError", "broken")})
         assert self.context.arena is not None
         writer = self.context.arena.writer(task.slot)
         array = writer((2, 4, 4, 3), np.dtype(np.uint8))
         array[...] = task.slot + 1
-        part = Part("frames", writer.ref(array))
+        part = protocol.Part("frames", writer.ref(array))
         if verb == "slot-of-another":
-            part = Part("frames", type(part.ref)((task.slot + 1) % 4, 0, (2, 4, 4, 3), "uint8"))
-        return Decoded((part,))
+            part = protocol.Part(
+                "frames", type(part.ref)((task.slot + 1) % 4, 0, (2, 4, 4, 3), "uint8")
+            )
+        return protocol.Decoded((part,))
 
-    def extracted(self, task: ExtractTask, verb: str, rest: str) -> Result:
+    def extracted(self, task: protocol.ExtractTask, verb: str, rest: str) -> protocol.Result:
         if verb == "no-rows":
-            return Extracted(np.zeros((), np.float16))
+            return protocol.Extracted(np.zeros((), np.float16))
         if task.refs:
             assert self.context.arena is not None
             view = self.context.arena.view(task.refs[0])
-            return Extracted(np.full((1, 2), view.mean(), np.float16))
+            return protocol.Extracted(np.full((1, 2), view.mean(), np.float16))
         say = {
             "env": lambda: os.environ.get(rest, "-"),
             "pid": lambda: str(os.getpid()),
@@ -161,7 +149,7 @@ class Toy(Handler):
             "modules": lambda: str(sorted(set(sys.modules) & set(rest.split(",")))),
             "big": lambda: "x" * int(rest),
         }
-        return Extracted(text=say.get(verb, lambda: task.text)())
+        return protocol.Extracted(text=say.get(verb, lambda: task.text)())
 
 
 def run(context: Context) -> None:

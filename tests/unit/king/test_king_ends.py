@@ -12,15 +12,7 @@ from king.jobs import Job
 from tests.support.fakes.broker import MemoryBroker
 from tests.support.fakes.pool import DIED, Answer, default_answer
 from tests.support.fakes.store import FakeStore
-from tests.support.king.king_rig import (
-    Gate,
-    Running,
-    fake_pool,
-    king_settings,
-    on_fakes,
-    posts,
-    queue_of,
-)
+from tests.support.king import king_rig
 from tests.support.services import wait_until
 from workers.protocol import FuseTask, Task
 
@@ -40,11 +32,11 @@ def test_drain_mode_waits_for_retries(tmp_path: Path, monkeypatch: pytest.Monkey
             return next(deaths, None) or default_answer(task)
         return default_answer(task)
 
-    store = FakeStore(posts(*[f"p{i}" for i in range(20)]))
-    broker = MemoryBroker(queue_of(*[f"p{i}".encode() for i in range(20)]))
-    settings = king_settings(tmp_path, attempts=9, backoff_s=1)
-    with Running(
-        settings, fake_pool(tmp_path, answer), store=store, broker=broker, drain=True
+    store = FakeStore(king_rig.posts(*[f"p{i}" for i in range(20)]))
+    broker = MemoryBroker(king_rig.queue_of(*[f"p{i}".encode() for i in range(20)]))
+    settings = king_rig.king_settings(tmp_path, attempts=9, backoff_s=1)
+    with king_rig.Running(
+        settings, king_rig.fake_pool(tmp_path, answer), store=store, broker=broker, drain=True
     ) as it:
         it.join()
     assert it.exit_code == 0
@@ -55,9 +47,9 @@ def test_drain_mode_waits_for_retries(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_drain_finishes_what_is_in_flight(tmp_path: Path) -> None:
-    store, gate = FakeStore(posts("p1", "p2")), Gate()
-    broker = MemoryBroker(queue_of(b"p1"))
-    with on_fakes(tmp_path, store, broker, gate) as it:
+    store, gate = FakeStore(king_rig.posts("p1", "p2")), king_rig.Gate()
+    broker = MemoryBroker(king_rig.queue_of(b"p1"))
+    with king_rig.on_fakes(tmp_path, store, broker, gate) as it:
         it.until(lambda: any(isinstance(task, FuseTask) for task in it.pool.submitted))
         it.king.stop()
         it.until(lambda: broker._on_delivery is None)
@@ -74,11 +66,13 @@ def test_drain_finishes_what_is_in_flight(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at_once", [False, True])
 def test_drain_out_of_time_puts_posts_back_and_attempts_too(tmp_path: Path, at_once: bool) -> None:
     """Posts that are not finished in time are requeued at no attempt; two stops mean at once."""
-    store = FakeStore(posts("p1", "p2"))
+    store = FakeStore(king_rig.posts("p1", "p2"))
     store.jobs["p2"] = Job("p2", "queued", attempts=1, due_at=time.time() + 900)
-    broker = MemoryBroker(queue_of(b"p1", b"p2"))
-    settings = king_settings(tmp_path, drain_timeout_s=60 if at_once else 0.3)
-    with Running(settings, fake_pool(tmp_path, Gate()), store=store, broker=broker) as it:
+    broker = MemoryBroker(king_rig.queue_of(b"p1", b"p2"))
+    settings = king_rig.king_settings(tmp_path, drain_timeout_s=60 if at_once else 0.3)
+    with king_rig.Running(
+        settings, king_rig.fake_pool(tmp_path, king_rig.Gate()), store=store, broker=broker
+    ) as it:
         it.until(lambda: sum(isinstance(t, FuseTask) for t in it.pool.submitted) == 2)
         began = time.monotonic()
         it.king.stop()
@@ -95,9 +89,9 @@ def test_drain_out_of_time_puts_posts_back_and_attempts_too(tmp_path: Path, at_o
 
 def test_refused_workers_end_the_king_with_one_line(tmp_path: Path) -> None:
     """A bundle that does not fit is a mistake of the user: ConfigError, hence exit 2."""
-    pool = fake_pool(tmp_path, refuse="fusion.bundle: made for other features")
+    pool = king_rig.fake_pool(tmp_path, refuse="fusion.bundle: made for other features")
     store, broker = FakeStore(), MemoryBroker()
-    with Running(king_settings(tmp_path), pool, store=store, broker=broker) as it:
+    with king_rig.Running(king_rig.king_settings(tmp_path), pool, store=store, broker=broker) as it:
         it.join()
     assert isinstance(it.error, ConfigError)
     assert str(it.error) == "fusion.bundle: made for other features"
@@ -117,7 +111,7 @@ class LimitedBroker(MemoryBroker):
 def test_a_king_that_has_served_ends_with_1_where_it_would_have_refused(tmp_path: Path) -> None:
     """Its configuration was right: the supervisor starts it again."""
     store, broker = FakeStore(), MemoryBroker()
-    with on_fakes(tmp_path, store, broker) as it:
+    with king_rig.on_fakes(tmp_path, store, broker) as it:
         wait_until(lambda: it.king.status.phase == "serving", 60, "a King that serves")
         it.pool.refuse("weights have changed")
         it.join()
@@ -127,8 +121,8 @@ def test_a_king_that_has_served_ends_with_1_where_it_would_have_refused(tmp_path
 
 def test_a_refused_reconnection_is_tried_again_a_refused_first_one_is_not(tmp_path: Path) -> None:
     """A limit of connections may be reached whenever the connection is lost."""
-    store, broker = FakeStore(posts("p1")), LimitedBroker()
-    with on_fakes(tmp_path / "a", store, broker) as it:
+    store, broker = FakeStore(king_rig.posts("p1")), LimitedBroker()
+    with king_rig.on_fakes(tmp_path / "a", store, broker) as it:
         wait_until(lambda: it.king.status.phase == "serving", 60, "a King that serves")
         broker.full = True
         broker.lose_connection()
@@ -140,7 +134,7 @@ def test_a_refused_reconnection_is_tried_again_a_refused_first_one_is_not(tmp_pa
     assert it.exit_code == 0
     broker = LimitedBroker()
     broker.full = True
-    with on_fakes(tmp_path / "b", FakeStore(), broker) as it:
+    with king_rig.on_fakes(tmp_path / "b", FakeStore(), broker) as it:
         it.join()
     assert isinstance(it.error, ConfigError)
 
@@ -151,9 +145,9 @@ def test_a_thread_that_dies_ends_the_king(tmp_path: Path) -> None:
     def boom(task: Task) -> Answer:
         raise RuntimeError("a bug")
 
-    store, broker = FakeStore(posts("p1")), MemoryBroker(queue_of(b"p1"))
+    store, broker = FakeStore(king_rig.posts("p1")), MemoryBroker(king_rig.queue_of(b"p1"))
     with structlog.testing.capture_logs() as logs:
-        with on_fakes(tmp_path, store, broker, boom) as it:
+        with king_rig.on_fakes(tmp_path, store, broker, boom) as it:
             it.join()
     assert it.exit_code == 1
     [died] = [line for line in logs if line["event"] == "king.thread_died"]

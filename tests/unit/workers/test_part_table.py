@@ -8,17 +8,8 @@ import pytest
 from common.post import MEDIA_KINDS
 from config.features import AudioSettings
 from config.settings import Settings
+from extractors import parts
 from extractors.media.sound import sound_rows
-from extractors.parts import (
-    AUDIO_ENCODERS,
-    VISUAL_ENCODERS,
-    LogMelPatches,
-    SoundInput,
-    WaveformWindows,
-    part_of,
-    parts_of,
-    slot_bytes,
-)
 from extractors.suite import ExtractorSuite
 from tests.support import media
 from tests.support.tiny_models import TINY_CNN, tiny_features
@@ -30,13 +21,13 @@ from workers.roles.batched import run_decode, run_extract
 
 def test_every_line_names_what_exists() -> None:
     """Encoders are named by text, which no type checker follows."""
-    models = [line.model for line in AUDIO_ENCODERS.values()]
-    models += [line.model for line in VISUAL_ENCODERS.values()]
-    assert all(callable(part_of(model)) for model in models)
+    models = [line.model for line in parts.AUDIO_ENCODERS.values()]
+    models += [line.model for line in parts.VISUAL_ENCODERS.values()]
+    assert all(callable(parts.part_of(model)) for model in models)
 
 
 def test_each_part_is_decoded_from_its_media() -> None:
-    assert {kind: parts_of(kind) for kind in MEDIA_KINDS} == {
+    assert {kind: parts.parts_of(kind) for kind in MEDIA_KINDS} == {
         "image": ("image", "picture"),
         "video": ("frames", "sound", "picture", "speech"),
         "audio": ("sound", "speech"),
@@ -48,23 +39,27 @@ def test_each_part_is_decoded_from_its_media() -> None:
 )
 def test_waveform_windows_pad_or_drop_the_rest(seconds: float, rows: int) -> None:
     waveform = np.linspace(0.1, 1, int(48_000 * seconds), dtype=np.float32)
-    windows = sound_rows(waveform, WaveformWindows(48_000, 48_000))
+    windows = sound_rows(waveform, parts.WaveformWindows(48_000, 48_000))
     assert windows.shape == (rows, 48_000)
     length = min(len(waveform), windows.size)
     np.testing.assert_array_equal(windows.ravel()[:length], waveform[:length])
     assert not windows.ravel()[length:].any()
 
 
-@pytest.mark.parametrize("sound", [LogMelPatches(), WaveformWindows(48_000, 30_000)])
+@pytest.mark.parametrize("sound", [parts.LogMelPatches(), parts.WaveformWindows(48_000, 30_000)])
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 3.1, 7.0])
-def test_most_rows_is_never_passed(sound: SoundInput, seconds: float) -> None:
+def test_most_rows_is_never_passed(sound: parts.SoundInput, seconds: float) -> None:
     """As much sound as the limits allow gives no more rows than a slot has room for."""
     rows = sound_rows(np.zeros(int(sound.rate_hz * seconds), np.float32), sound)
     assert rows.shape[1:] == sound.shape
     assert len(rows) <= np.ceil(seconds / sound.row_s)
 
 
-ENCODERS = {"vggish": AUDIO_ENCODERS["vggish"], TINY_CNN: AUDIO_ENCODERS["timm"], "tiny": LINE}
+ENCODERS = {
+    "vggish": parts.AUDIO_ENCODERS["vggish"],
+    TINY_CNN: parts.AUDIO_ENCODERS["timm"],
+    "tiny": LINE,
+}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +73,7 @@ def test_every_encoder_of_sound(
     A row gives one vector, which does not depend on the rows beside it; the same seed gives the
     same ones.
     """
-    monkeypatch.setitem(AUDIO_ENCODERS, arch, ENCODERS[arch])
+    monkeypatch.setitem(parts.AUDIO_ENCODERS, arch, ENCODERS[arch])
     tone, path = media.tone(700, 3, 44_100), tmp_path / name
     if name == "a.wav":
         media.write_wav(path, tone, 44_100)
@@ -88,7 +83,7 @@ def test_every_encoder_of_sound(
     settings = Settings(features=features).model_copy(
         update={"decode": Settings().decode.model_copy(update={"max_audio_s": 2})}
     )
-    arena = Arena.private(1, slot_bytes(settings))
+    arena = Arena.private(1, parts.slot_bytes(settings))
     task = DecodeTask("video" if name == "a.mp4" else "audio", str(path), slot=0)
     decoded = run_decode(task, features, settings.decode, arena)
     [ref] = [part.ref for part in decoded.parts if part.kind == "sound"]
