@@ -6,9 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-import typer
-
-from common.cli import ConfigFile, Overrides, Script
+from common.cli import ConfigFile, Overrides, Script, flag, option
 from common.errors import ConfigError
 from common.logs import configure_logs
 from config.load import load_settings
@@ -20,12 +18,11 @@ class CommandLine:
 
     config: ConfigFile = None
     overrides: Overrides
-    host: Annotated[
-        str | None,
-        typer.Option("--host", help="address to listen on (default: http.host, 127.0.0.1)"),
-    ] = None
-    port: Annotated[str | None, typer.Option("--port", help="default: http.port, 8080")] = None
-    debug: Annotated[bool, typer.Option("--debug", help="a development server")] = False
+    host: Annotated[str | None, option("address to listen on (default: http.host, 127.0.0.1)")] = (
+        None
+    )
+    port: Annotated[str | None, option("default: http.port, 8080")] = None
+    debug: Annotated[bool, flag("--debug", "a development server")] = False
 
 
 def run(line: CommandLine) -> int:

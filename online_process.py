@@ -6,9 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-import typer
-
-from common.cli import ConfigFile, Overrides, Script
+from common.cli import ConfigFile, Overrides, Script, flag
 from common.logs import configure_logs
 from config.load import load_settings
 
@@ -21,10 +19,7 @@ class CommandLine:
     overrides: Overrides
     drain: Annotated[
         bool,
-        typer.Option(
-            "--drain",
-            help="exit 0 when the queue is empty, nothing is in flight and no retry is due",
-        ),
+        flag("--drain", "exit 0 when the queue is empty, nothing is in flight and no retry is due"),
     ] = False
 
 

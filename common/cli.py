@@ -3,8 +3,8 @@
 Example:
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file")]
-        limit: Annotated[int | None, typer.Option("--limit", min=1)] = None
+        posts: Annotated[Path, argument("posts file", "POSTS")]
+        limit: Annotated[int | None, option("at most this many", "N", min=1)] = None
 
     SCRIPT = Script("count.py", Options, count, about="Count posts.")
     main = SCRIPT.main
@@ -36,9 +36,6 @@ Options = TypeVar("Options")
 # Only a name that somebody has given fails with these: `Path.exists` and `is_file` raise them too.
 _WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
-ConfigFile: TypeAlias = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="settings, YAML")
-]
 Overrides: TypeAlias = Annotated[
     list[str],
     typer.Option(
@@ -50,22 +47,31 @@ Overrides: TypeAlias = Annotated[
     ),
 ]
 
-JsonReport: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--json", help="print one JSON object at the end; all else goes to standard error"
-    ),
-]
-
 # typer has carried click inside since 0.2x and imported it before: the class is found either way.
 USAGE_ERROR: type[Exception] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 
 
-def option(name: str, metavar: str, text: str, *others: str) -> Any:
-    """Return typer's option ``--name`` with a value; ``others`` are names of the same."""
-    return typer.Option(*(f"--{each}" for each in (name, *others)), metavar=metavar, help=text)
+def option(text: str, metavar: str | None = None, *names: str, **limits: Any) -> Any:
+    """Return typer's option with a value; without names its name is that of the parameter."""
+    return typer.Option(*names, metavar=metavar, help=text, **limits)
+
+
+def flag(name: str, text: str) -> Any:
+    """Return typer's option without a value, and without one that takes it back."""
+    return typer.Option(name, help=text)
+
+
+def argument(text: str, metavar: str | None = None) -> Any:
+    """Return typer's argument."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+ConfigFile: TypeAlias = Annotated[Path | None, option("settings, YAML", "FILE", "--config")]
+JsonReport: TypeAlias = Annotated[
+    bool, flag("--json", "print one JSON object at the end; all else goes to standard error")
+]
 
 
 def hyphens(name: str) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import Overrides, exit_code, read_options
+from common.cli import Overrides, exit_code, flag, option, read_options
 from common.files import write_whole
 from common.logs import configure_logs
 from config.labels import LabelMap
@@ -34,15 +34,11 @@ class CommandLine:
 
     config: Annotated[Path, typer.Option(metavar="FILE")] = CONFIG
     overrides: Overrides
-    train: Annotated[int | None, typer.Option(min=1, metavar="N", help="training posts")] = None
-    online: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="posts that the daemon tags")
-    ] = None
-    seed: Annotated[int, typer.Option(help="of the posts")] = 7
-    fresh: Annotated[bool, typer.Option("--fresh", help="make everything again")] = False
-    keep: Annotated[bool, typer.Option("--keep", help="leave the embedded services running")] = (
-        False
-    )
+    train: Annotated[int | None, option("training posts", "N", min=1)] = None
+    online: Annotated[int | None, option("posts that the daemon tags", "N", min=1)] = None
+    seed: Annotated[int, option("of the posts")] = 7
+    fresh: Annotated[bool, flag("--fresh", "make everything again")] = False
+    keep: Annotated[bool, flag("--keep", "leave the embedded services running")] = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,9 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import typer
-
-from common.cli import ConfigFile, Overrides, exit_code, read_options, say
+from common.cli import ConfigFile, Overrides, exit_code, flag, read_options, say
 from common.processes import process_identity
 from config.load import load_settings
 from config.settings import Settings
@@ -55,9 +53,9 @@ class CommandLine:
 
     config: ConfigFile = None
     overrides: Overrides
-    ready: Annotated[
-        bool, typer.Option("--ready", help="also exit with 1 while the King takes no posts")
-    ] = False
+    ready: Annotated[bool, flag("--ready", "also exit with 1 while the King takes no posts")] = (
+        False
+    )
 
 
 def run(arguments: Sequence[str] | None) -> int:

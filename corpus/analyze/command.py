@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import share
+from common.cli import argument, option, share
 from common.errors import ConfigError, TaggingError
 from common.files import write_whole
 from common.post import Post
@@ -45,44 +45,34 @@ def _threshold(text: str) -> float:
 class Options:
     """The command line of an analysis."""
 
-    posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file or data file")]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="output folder")]
+    posts: Annotated[Path, argument("posts file or data file", "POSTS")]
+    out: Annotated[Path, option("output folder", "DIR")]
     media: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="where the media are: output of download_mp, or a folder; without it they are "
+        option(
+            "where the media are: output of download_mp, or a folder; without it they are "
             "counted, not opened",
+            "DIR",
         ),
     ] = None
-    labels: Annotated[
-        Path | None, typer.Option(metavar="F", help="label map to check the tags against")
-    ] = None
-    rare: Annotated[
-        int, typer.Option(min=1, metavar="N", help="a tag with fewer posts is rare")
-    ] = 10
+    labels: Annotated[Path | None, option("label map to check the tags against", "F")] = None
+    rare: Annotated[int, option("a tag with fewer posts is rare", "N", min=1)] = 10
     text_threshold: Annotated[
         float,
-        typer.Option(
+        option(
+            "share of three-character sequences that similar texts have in common",
+            "X",
             "--text_threshold",
             parser=_threshold,
-            metavar="X",
-            help="share of three-character sequences that similar texts have in common",
         ),
     ] = 0.9
     hash_distance: Annotated[
         int,
-        typer.Option(
-            "--hash_distance",
-            min=0,
-            max=16,
-            metavar="N",
-            help="bits of 64 in which similar pictures may differ",
+        option(
+            "bits of 64 in which similar pictures may differ", "N", "--hash_distance", min=0, max=16
         ),
     ] = 6
-    processes: Annotated[int, typer.Option(min=1, metavar="N", help="that open media")] = min(
-        4, os.cpu_count() or 1
-    )
+    processes: Annotated[int, option("that open media", "N", min=1)] = min(4, os.cpu_count() or 1)
 
 
 def analyze(options: Options) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import JsonReport, Script, json_report, say
+from common.cli import JsonReport, Script, json_report, option, say
 from common.errors import ConfigError, TaggingError
 from common.files import write_whole
 from common.post import MODALITIES
@@ -112,53 +112,41 @@ _ABOUT = (
 class Options:
     """The command line; in code ``features`` may be None, for a split before the extraction."""
 
-    input: Annotated[Path, typer.Option(metavar="F", help="posts, *.jsonl or *.json")]
-    features: Annotated[Path | None, typer.Option(metavar="DIR", help="root of the feature files")]
-    labels: Annotated[Path, typer.Option(metavar="F", help="label map, idx2name_cls*.json")]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the data files")]
-    valid: Annotated[
-        float | None, typer.Option(metavar="X", help="share of validation, 0.1; 0 leaves it out")
-    ] = None
-    test: Annotated[
-        float | None, typer.Option(metavar="X", help="share of test, 0.1; 0 leaves it out")
-    ] = None
+    input: Annotated[Path, option("posts, *.jsonl or *.json", "F")]
+    features: Annotated[Path | None, option("root of the feature files", "DIR")]
+    labels: Annotated[Path, option("label map, idx2name_cls*.json", "F")]
+    out: Annotated[Path, option("folder of the data files", "DIR")]
+    valid: Annotated[float | None, option("share of validation, 0.1; 0 leaves it out", "X")] = None
+    test: Annotated[float | None, option("share of test, 0.1; 0 leaves it out", "X")] = None
     split: Annotated[
         Path | None,
-        typer.Option(
-            metavar="F",
-            help='the exact split: {"train": [post_id, ...], "valid": [...], "test": [...]}, or '
-            "lines as of split.jsonl; posts that it does not name are left out",
+        option(
+            'the exact split: {"train": [post_id, ...], "valid": [...], "test": [...]}, or lines '
+            "as of split.jsonl; posts that it does not name are left out",
+            "F",
         ),
     ] = None
     test_since: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "test on every post created since then: 2026-01-31[T12:00], or 7d, 12h ago",
+            "T",
             "--test_since",
-            metavar="T",
-            help="test on every post created since then: 2026-01-31[T12:00], or 7d, 12h ago",
         ),
     ] = None
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of every draw")] = 0
-    manifest: Annotated[
-        Path | None, typer.Option(metavar="F", help="of download_mp: which media are the same")
-    ] = None
-    duplicates: Annotated[
-        Path | None, typer.Option(metavar="F", help="duplicates.jsonl of analyze_posts")
-    ] = None
+    seed: Annotated[int, option("of every draw", "N", min=0)] = 0
+    manifest: Annotated[Path | None, option("of download_mp: which media are the same", "F")] = None
+    duplicates: Annotated[Path | None, option("duplicates.jsonl of analyze_posts", "F")] = None
     keep: Annotated[
         Path | None,
-        typer.Option(
-            metavar="F",
-            help="an earlier split.jsonl: its posts keep their side, unless linked with a "
-            "later one; those are named before anything is written",
+        option(
+            "an earlier split.jsonl: its posts keep their side, unless linked with a later one; "
+            "those are named before anything is written",
+            "F",
         ),
     ] = None
-    unknown: Annotated[
-        Unknown, typer.Option(help="what to do with a label that is not in the map")
-    ] = "error"
-    check: Annotated[
-        Check, typer.Option(help="read the headers of feature files, or every number")
-    ] = "quick"
+    unknown: Annotated[Unknown, option("what to do with a label that is not in the map")] = "error"
+    check: Annotated[Check, option("read the headers of feature files, or every number")] = "quick"
     modalities: Annotated[
         list[str],
         typer.Option(
@@ -168,7 +156,7 @@ class Options:
             help="leave out posts without any of these",
         ),
     ]
-    format: Annotated[Form, typer.Option(help="of the data files")] = "json"
+    format: Annotated[Form, option("of the data files")] = "json"
     as_json: JsonReport = False
 
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from common.cli import Script, say
+from common.cli import Script, option, say
 from common.errors import ConfigError
 from common.files import write_whole
 from common.progress import progress_bar
@@ -30,16 +28,12 @@ _SHOWN = 20  # tags that the terminal shows
 class Options:
     """The command line."""
 
-    input: Annotated[list[Path], typer.Option(metavar="F...", help="posts, *.jsonl or *.json")]
-    out: Annotated[
-        Path | None, typer.Option(metavar="F", help="default: config/idx2name_cls<N>.json")
-    ] = None
+    input: Annotated[list[Path], option("posts, *.jsonl or *.json", "F...")]
+    out: Annotated[Path | None, option("default: config/idx2name_cls<N>.json", "F")] = None
     min_posts: Annotated[
-        int, typer.Option("--min_posts", min=1, metavar="N", help="leave out tags with fewer posts")
+        int, option("leave out tags with fewer posts", "N", "--min_posts", min=1)
     ] = 1
-    base: Annotated[
-        Path | None, typer.Option(metavar="F", help="a label map whose indices stay")
-    ] = None
+    base: Annotated[Path | None, option("a label map whose indices stay", "F")] = None
 
 
 def _make(options: Options) -> None:

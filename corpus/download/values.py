@@ -11,7 +11,7 @@ from urllib.parse import urldefrag, urlsplit
 
 import typer
 
-from common.cli import ConfigFile, JsonReport, Overrides, seconds
+from common.cli import ConfigFile, JsonReport, Overrides, argument, flag, option, seconds
 from common.post import MediaKind
 from common.urls import is_url
 from config.load import load_settings
@@ -26,35 +26,25 @@ Status: TypeAlias = Literal["ok", "refused", "retryable"]
 class Options:
     """The command line of a download."""
 
-    posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file or data file")]
-    out: Annotated[Path, typer.Option(metavar="DIR", help="output folder")]
-    processes: Annotated[
-        int, typer.Option(min=1, help="times --connections: downloads at once")
-    ] = 2
+    posts: Annotated[Path, argument("posts file or data file", "POSTS")]
+    out: Annotated[Path, option("output folder", "DIR")]
+    processes: Annotated[int, option("times --connections: downloads at once", min=1)] = 2
     connections: Annotated[int, typer.Option(min=1)] = 16
     per_host: Annotated[
-        int, typer.Option("--per_host", min=1, metavar="N", help="downloads from one host at once")
+        int, option("downloads from one host at once", "N", "--per_host", min=1)
     ] = 8
     retries: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="retries after temporary failures, each after a longer wait"
-        ),
+        int, option("retries after temporary failures, each after a longer wait", "N", min=0)
     ] = 4
-    backoff: Annotated[
-        float, typer.Option(parser=seconds, metavar="S", help="wait before the first retry")
-    ] = 1.0
+    backoff: Annotated[float, option("wait before the first retry", "S", parser=seconds)] = 1.0
     timeout: Annotated[
-        float | None,
-        typer.Option(
-            parser=seconds, metavar="S", help="seconds for one file; fetch.total_timeout_s"
-        ),
+        float | None, option("seconds for one file; fetch.total_timeout_s", "S", parser=seconds)
     ] = None
-    local: Annotated[bool, typer.Option("--local", help="accept local files in POSTS too")] = False
-    verify: Annotated[bool, typer.Option("--verify", help="hash files that exist already")] = False
-    retry_failed: Annotated[
-        bool, typer.Option("--retry_failed", help="try again what was refused before")
-    ] = False
+    local: Annotated[bool, flag("--local", "accept local files in POSTS too")] = False
+    verify: Annotated[bool, flag("--verify", "hash files that exist already")] = False
+    retry_failed: Annotated[bool, flag("--retry_failed", "try again what was refused before")] = (
+        False
+    )
     as_json: JsonReport = False
     config: ConfigFile = None
     overrides: Overrides

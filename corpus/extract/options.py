@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from common.cli import ConfigFile, JsonReport, Overrides, read_options
+from common.cli import ConfigFile, JsonReport, Overrides, flag, option, read_options
 from common.errors import ConfigError
 from common.processes import cores
 from config.load import load_settings, validate
@@ -40,48 +40,33 @@ class CommandLine:
 
     config: ConfigFile = None
     overrides: Overrides
-    input: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="posts.jsonl, or a data file")
-    ] = None
+    input: Annotated[Path | None, option("posts.jsonl, or a data file", "FILE")] = None
     manifest: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="manifest of download_mp.py, with its posts.jsonl next to it"
-        ),
+        Path | None, option("manifest of download_mp.py, with its posts.jsonl next to it", "FILE")
     ] = None
-    features: Annotated[Path, typer.Option(metavar="DIR", help="root of feature files")]
-    workers: Annotated[int, typer.Option(min=0, help="extractor processes; 0: by the cores")] = 0
-    devices: Annotated[
-        str | None, typer.Option(metavar="LIST", help="cpu, or cuda:0,cuda:1; default: settings'")
-    ] = None
+    features: Annotated[Path, option("root of feature files", "DIR")]
+    workers: Annotated[int, option("extractor processes; 0: by the cores", min=0)] = 0
+    devices: Annotated[str | None, option("cpu, or cuda:0,cuda:1; default: settings'", "LIST")] = (
+        None
+    )
     engine: Annotated[EngineName, typer.Option()] = "local"
     address: Annotated[
-        str | None,
-        typer.Option(help="cluster of Ray: auto, ray://host:10001; default: one on this machine"),
+        str | None, option("cluster of Ray: auto, ray://host:10001; default: one on this machine")
     ] = None
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="frames, images, patches or texts per batch"),
-    ] = None
+    batch: Annotated[int | None, option("frames, images, patches or texts per batch", min=1)] = None
     share: Annotated[
         Share,
-        typer.Option(
-            help="whether posts share a pass: faster on GPUs, but the last bit of a feature may "
-            "then differ from run to run; auto: on GPUs only"
+        option(
+            "whether posts share a pass: faster on GPUs, but the last bit of a feature may then "
+            "differ from run to run; auto: on GPUs only"
         ),
     ] = "auto"
     as_json: JsonReport = False
-    failures: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="default: DIR/failures_KIND.jsonl")
-    ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first lines of the input")] = (
-        None
-    )
-    force: Annotated[bool, typer.Option("--force", help="extract again what exists already")] = (
-        False
-    )
+    failures: Annotated[Path | None, option("default: DIR/failures_KIND.jsonl", "FILE")] = None
+    limit: Annotated[int | None, option("only the first lines of the input", min=1)] = None
+    force: Annotated[bool, flag("--force", "extract again what exists already")] = False
     retry_failed: Annotated[
-        bool, typer.Option("--retry_failed", help="try again what has failed permanently")
+        bool, flag("--retry_failed", "try again what has failed permanently")
     ] = False
 
 

@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from common.cli import ConfigFile, Overrides, Script, say
+from common.cli import ConfigFile, Overrides, Script, option, say
 from common.errors import ConfigError
 from common.files import write_whole
 from common.fingerprint import digest
@@ -49,8 +49,7 @@ class Options:
     """The command line."""
 
     model_config: Annotated[
-        Path,
-        typer.Option("--model_config", metavar="F", help="config of train_net.py for the backbone"),
+        Path, option("config of train_net.py for the backbone", "F", "--model_config")
     ]
     config: ConfigFile = None
     overrides: Overrides
@@ -64,18 +63,11 @@ class Options:
             help="override a key of --model_config",
         ),
     ]
-    features: Annotated[
-        Path, typer.Option("--features", metavar="DIR", help="root of feature files")
-    ]
+    features: Annotated[Path, option("root of feature files", "DIR")]
     folds: Annotated[int, typer.Option("--folds", min=2, metavar="N")] = 5
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="seed of the folds")] = 0
+    seed: Annotated[int, option("seed of the folds", "N", min=0)] = 0
     work: Annotated[
-        Path | None,
-        typer.Option(
-            "--work",
-            metavar="DIR",
-            help="folder of the folds; default: out_of_fold in trainer.save_dir",
-        ),
+        Path | None, option("folder of the folds; default: out_of_fold in trainer.save_dir", "DIR")
     ] = None
 
 

@@ -17,7 +17,7 @@ import typer
 from bson import json_util
 from bson.errors import BSONError
 
-from common.cli import ConfigFile, Overrides, say
+from common.cli import ConfigFile, Overrides, flag, option, say
 from common.errors import ConfigError, TaggingError, one_line
 from common.progress import progress_bar
 from common.times import since_time
@@ -52,43 +52,32 @@ def _lines_file(text: str) -> Path:
 class Options:
     """The command line of a pull."""
 
-    out: Annotated[
-        Path, typer.Option(parser=_lines_file, metavar="POSTS.jsonl", help="file to write")
-    ]
-    query: Annotated[str, typer.Option(metavar="JSON", help="MongoDB filter, extended JSON")] = "{}"
+    out: Annotated[Path, option("file to write", "POSTS.jsonl", parser=_lines_file)]
+    query: Annotated[str, option("MongoDB filter, extended JSON", "JSON")] = "{}"
     since: Annotated[
-        str | None,
-        typer.Option(metavar="T", help="posts since then: 2026-01-31[T12:00], or 7d, 12h ago"),
+        str | None, option("posts since then: 2026-01-31[T12:00], or 7d, 12h ago", "T")
     ] = None
-    until: Annotated[str | None, typer.Option(metavar="T", help="posts before then")] = None
+    until: Annotated[str | None, option("posts before then", "T")] = None
     sample: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="only this many, chosen by a hash of the ID"),
+        int | None, option("only this many, chosen by a hash of the ID", "N", min=1)
     ] = None
-    seed: Annotated[
-        int,
-        typer.Option(min=0, max=(1 << 63) - 1, metavar="N", help="another seed, another sample"),
-    ] = 0
+    seed: Annotated[int, option("another seed, another sample", "N", min=0, max=(1 << 63) - 1)] = 0
     min_posts_per_tag: Annotated[
         int,
-        typer.Option(
+        option(
+            "leave out tags with fewer posts, and posts without any other tag; a sample keeps "
+            "this many posts of each tag",
+            "N",
             "--min_posts_per_tag",
             min=0,
-            metavar="N",
-            help="leave out tags with fewer posts, and posts without any other tag; a sample keeps "
-            "this many posts of each tag",
         ),
     ] = 0
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="stop after this many posts")
-    ] = None
-    untagged: Annotated[bool, typer.Option("--untagged", help="only posts without a result")] = (
+    limit: Annotated[int | None, option("stop after this many posts", "N", min=1)] = None
+    untagged: Annotated[bool, flag("--untagged", "only posts without a result")] = False
+    page: Annotated[int, option("documents read at a time", "N", min=1)] = 1000
+    restart: Annotated[bool, flag("--restart", "forget an unfinished pull into the same file")] = (
         False
     )
-    page: Annotated[int, typer.Option(min=1, metavar="N", help="documents read at a time")] = 1000
-    restart: Annotated[
-        bool, typer.Option("--restart", help="forget an unfinished pull into the same file")
-    ] = False
     config: ConfigFile = None
     overrides: Overrides
 

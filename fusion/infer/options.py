@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from common.cli import JsonReport, Overrides, option
+from common.cli import JsonReport, Overrides, flag, option
 from common.errors import ConfigError
 from config.load import did_you_mean, given_options, layered, load_settings, read_yaml
 from config.settings import InferSettings, RunSettings, Settings
@@ -26,62 +24,61 @@ class InferOptions:
     infer_config: Annotated[
         Path | None,
         option(
-            "config",
-            "F",
             f"YAML file; default {INFER_CONFIG}; one with the daemon's keys, such as "
             "config/infer_config_e2e.yaml, tags raw media",
-            "infer_config",
+            "F",
+            "--config",
+            "--infer_config",
         ),
     ] = None
     input: Annotated[
         Path,
         option(
-            "input",
-            "F",
             "data file (.json, .jsonl), or a list (.txt) of post IDs or feature files, one a line",
+            "F",
+            "--input",
         ),
     ]
     output: Annotated[
         str | None,
         option(
-            "out",
-            "F",
             "file, or mongodb://HOST/DATABASE.COLLECTION; default standard output",
-            "output",
+            "F",
+            "--out",
+            "--output",
         ),
     ] = None
     format: Annotated[
-        str | None, option("format", "X", "jsonl, csv or mongodb; default by the output's name")
+        str | None, option("jsonl, csv or mongodb; default by the output's name", "X", "--format")
     ] = None
     n_gpus: Annotated[
         str | None,
         option(
-            "gpus", "N", "number of GPUs, a process for each; 0 runs on the CPU", "n_gpus", "n_gpu"
+            "number of GPUs, a process for each; 0 runs on the CPU",
+            "N",
+            "--gpus",
+            "--n_gpus",
+            "--n_gpu",
         ),
     ] = None
-    processes: Annotated[str | None, option("processes", "N", "number of processes on the CPU")] = (
-        None
-    )
+    processes: Annotated[
+        str | None, option("number of processes on the CPU", "N", "--processes")
+    ] = None
     best_model: Annotated[
         Path | None,
         option(
-            "bundle",
-            "M",
             "folder of a bundle, its model.safetensors, or a .pth with weights for the bundle of "
             "the config",
-            "best_model",
+            "M",
+            "--bundle",
+            "--best_model",
         ),
     ] = None
-    skip_bad: Annotated[
-        bool, typer.Option("--skip_bad", help="leave out bad posts, and list them")
-    ] = False
+    skip_bad: Annotated[bool, flag("--skip_bad", "leave out bad posts, and list them")] = False
     resume: Annotated[
-        bool,
-        typer.Option("--resume", help="continue where a killed run stopped (the default)"),
+        bool, flag("--resume", "continue where a killed run stopped (the default)")
     ] = False
-    restart: Annotated[
-        bool, typer.Option("--restart", help="start over, whatever is there already")
-    ] = False
+    restart: Annotated[bool, flag("--restart", "start over, whatever is there already")] = False
     as_json: JsonReport = False
     overrides: Overrides
 

@@ -39,43 +39,43 @@ class TrainOptions:
     """The command line of `train_net.py`; the settings check the values."""
 
     model_config: Annotated[
-        Path | None, option("config", "F", f"YAML file; default {TRAIN_CONFIG}", "model_config")
+        Path | None, option(f"YAML file; default {TRAIN_CONFIG}", "F", "--config", "--model_config")
     ] = None
-    batch_size: Annotated[Text, option("batch_size", "N", "posts in a training batch")] = None
-    learning_rate: Annotated[Text, option("learning_rate", "X", "peak learning rate")] = None
+    batch_size: Annotated[Text, option("posts in a training batch", "N", "--batch_size")] = None
+    learning_rate: Annotated[Text, option("peak learning rate", "X", "--learning_rate")] = None
     resume: Annotated[
         Path | None,
         option(
-            "resume",
-            "F",
             "a run's folder or checkpoint to resume; or starting weights: best.pt, bundle, .pth",
+            "F",
+            "--resume",
         ),
     ] = None
     n_gpu: Annotated[
-        Text, option("gpus", "N", "number of GPUs; 0 trains on the CPU", "n_gpu", "n_gpus")
+        Text, option("number of GPUs; 0 trains on the CPU", "N", "--gpus", "--n_gpu", "--n_gpus")
     ] = None
     epoch: Annotated[
-        Text, option("epochs", "N", "number of epochs; 0 takes the config's", "epoch")
+        Text, option("number of epochs; 0 takes the config's", "N", "--epochs", "--epoch")
     ] = None
     save_dir: Annotated[
         Path | None,
-        option("out", "DIR", "folder of the runs; latest points to the newest", "save_dir"),
+        option("folder of the runs; latest points to the newest", "DIR", "--out", "--save_dir"),
     ] = None
     valid_interval: Annotated[
-        Text, option("valid_interval", "N", "epochs between validations; 0 only at the end")
+        Text, option("epochs between validations; 0 only at the end", "N", "--valid_interval")
     ] = None
-    log_interval: Annotated[Text, option("log_interval", "N", "batches between two log lines")] = (
-        None
-    )
+    log_interval: Annotated[
+        Text, option("batches between two log lines", "N", "--log_interval")
+    ] = None
     fix_random_seed: Annotated[
-        Text, option("fix_random_seed", "[BOOL]", "the same seed in every run")
+        Text, option("the same seed in every run", "[BOOL]", "--fix_random_seed")
     ] = None
     skip_bad: Annotated[
         Text,
         option(
-            "skip_bad",
-            "[BOOL]",
             "leave out posts that cannot be used, and list them in log/skipped.jsonl",
+            "[BOOL]",
+            "--skip_bad",
         ),
     ] = None
     overrides: Overrides

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from common.cli import print_json, say
+from common.cli import argument, flag, print_json, say
 from common.errors import BundleError, ConfigError
 from common.tables import print_table
 from config.settings import FusionSettings
@@ -35,12 +33,12 @@ from scripts.commands.zeroshot import add_tags
 
 _SHOWN = 12  # tags and thresholds of a table; --json has all
 
-Bundle = Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.")]
+Bundle = Annotated[Path, argument("The bundle.", "DIR")]
 OtherFeatures = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--other-features",
-        help="Allow other features than those of the served bundle: the settings must be changed "
+        "Allow other features than those of the served bundle: the settings must be changed "
         "too, and the daemon restarted.",
     ),
 ]
@@ -49,10 +47,7 @@ OtherFeatures = Annotated[
 def list_bundles(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="DIR…",
-            help="Folders with bundles; by default the one that holds fusion.bundle.",
-        ),
+        argument("Folders with bundles; by default the one that holds fusion.bundle.", "DIR…"),
     ] = None,
     as_json: AsJson = False,
     config: Config = None,
@@ -95,8 +90,7 @@ def list_bundles(
 
 def show(
     folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="DIR", help="The bundle; the one in fusion.bundle by default."),
+        Path | None, argument("The bundle; the one in fusion.bundle by default.", "DIR")
     ] = None,
     as_json: AsJson = False,
     config: Config = None,
@@ -134,10 +128,9 @@ def show(
 
 
 def diff(
-    one: Annotated[Path, typer.Argument(metavar="DIR1", help="The first bundle.")],
+    one: Annotated[Path, argument("The first bundle.", "DIR1")],
     other: Annotated[
-        Path | None,
-        typer.Argument(metavar="DIR2", help="The second; the one in fusion.bundle by default."),
+        Path | None, argument("The second; the one in fusion.bundle by default.", "DIR2")
     ] = None,
     as_json: AsJson = False,
     config: Config = None,
@@ -199,9 +192,7 @@ def use(
 def rollback(
     folder: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="DIR", help="The earlier bundle; the one that was served before by default."
-        ),
+        argument("The earlier bundle; the one that was served before by default.", "DIR"),
     ] = None,
     other_features: OtherFeatures = False,
     config: Config = None,
@@ -220,8 +211,8 @@ def rollback(
 
 
 def shadow(
-    folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="The bundle.")] = None,
-    off: Annotated[bool, typer.Option("--off", help="End the trial.")] = False,
+    folder: Annotated[Path | None, argument("The bundle.", "DIR")] = None,
+    off: Annotated[bool, flag("--off", "End the trial.")] = False,
     other_features: OtherFeatures = False,
     config: Config = None,
     overrides: Overrides = None,

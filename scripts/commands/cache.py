@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.cli import print_json, say
+from common.cli import flag, option, print_json, say
 from common.errors import ConfigError, TaggingError
 from common.tables import print_table
 from common.urls import redact
@@ -41,9 +41,7 @@ def stats(as_json: AsJson = False, config: Config = None, overrides: Overrides =
 
 
 def prune(
-    max_mb: Annotated[
-        int | None, typer.Option("--max-mb", min=0, help="The new size; default: cache.max_mb.")
-    ] = None,
+    max_mb: Annotated[int | None, option("The new size; default: cache.max_mb.", min=0)] = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -54,7 +52,7 @@ def prune(
 
 
 def clear(
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, flag("--yes", "Do not ask.")] = False,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:

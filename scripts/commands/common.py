@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from common.cli import say
+from common.cli import argument, flag, option, say
 from common.logs import configure_logs
 from common.progress import told_if_long
 from common.urls import redact
@@ -17,22 +17,17 @@ from config.load import load_settings
 from config.settings import Settings
 
 Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="F", help="Settings, YAML; default: config/infer_config_e2e.yaml."
-    ),
+    Path | None, option("Settings, YAML; default: config/infer_config_e2e.yaml.", "F", "--config")
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="a.b=c", help="Override one setting; a.b=@FILE reads it; repeatable."
-    ),
+    option("Override one setting; a.b=@FILE reads it; repeatable.", "a.b=c", "--set"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="IDs of posts.")]
+AsJson = Annotated[bool, flag("--json", "Print JSON instead of a table.")]
+Ids = Annotated[list[str] | None, argument("IDs of posts.", "ID…")]
 PostId = Annotated[str, typer.Argument(metavar="ID")]
 Priority = Annotated[
-    int, typer.Option("--priority", min=0, max=9, help="0 to 9; higher is taken first.")
+    int, option("0 to 9; higher is taken first.", None, "--priority", min=0, max=9)
 ]
 
 DOWN = "the embedded service is not running: insighttag services start"

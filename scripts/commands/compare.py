@@ -9,9 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-import typer
-
-from common.cli import print_json, say
+from common.cli import argument, option, print_json, say
 from common.errors import BundleError, ConfigError
 from common.tables import print_table
 from config.settings import Settings
@@ -30,28 +28,17 @@ Documents: TypeAlias = tuple[str, Mapping[str, Any], Mapping[str, Any], Sequence
 
 
 def compare(
-    one: Annotated[
-        Path | None,
-        typer.Argument(metavar="FIRST", help="A bundle, or a .jsonl of results."),
-    ] = None,
+    one: Annotated[Path | None, argument("A bundle, or a .jsonl of results.", "FIRST")] = None,
     other: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="SECOND", help="The second; with one bundle, FIRST is fusion.bundle."
-        ),
+        Path | None, argument("The second; with one bundle, FIRST is fusion.bundle.", "SECOND")
     ] = None,
     *,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", metavar="F", help="A data file with features, perhaps labels."),
-    ] = None,
+    data: Annotated[Path | None, option("A data file with features, perhaps labels.", "F")] = None,
     features: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Root of feature files, for posts that name none."),
+        Path | None, option("Root of feature files, for posts that name none.", "DIR")
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, help="At most this many posts; 10,000 of a database."),
+        int | None, option("At most this many posts; 10,000 of a database.", min=1)
     ] = None,
     as_json: AsJson = False,
     config: Config = None,

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from common.cli import print_json, say
+from common.cli import flag, option, print_json, say
 from common.errors import ConfigError
 from common.tables import print_table
 from common.times import since_time
@@ -32,19 +30,20 @@ if TYPE_CHECKING:
 
 Stage = Annotated[
     str | None,
-    typer.Option(
+    option(
+        "Only those of this stage: message, load, fetch, decode, extract, fuse, store.",
+        None,
         "--stage",
-        help="Only those of this stage: message, load, fetch, decode, extract, fuse, store.",
     ),
 ]
 ErrorType = Annotated[
-    str | None, typer.Option("--type", help="Only those of this error class, such as FetchRefused.")
+    str | None, option("Only those of this error class, such as FetchRefused.", None, "--type")
 ]
 Since = Annotated[
-    str | None, typer.Option("--since", help="Only those since then: 30m, 2h, 7d, or a date.")
+    str | None, option("Only those since then: 30m, 2h, 7d, or a date.", None, "--since")
 ]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="At most this many.")]
-All = Annotated[bool, typer.Option("--all", help="Every dead letter that matches the filters.")]
+Limit = Annotated[int, option("At most this many.", None, "--limit", min=1)]
+All = Annotated[bool, flag("--all", "Every dead letter that matches the filters.")]
 
 _NO_LIMIT = 1_000_000_000
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from common.cli import print_json, say
+from common.cli import flag, option, print_json, say
 from common.errors import ConfigError, TaggingError, one_line
 from common.progress import notice
 from common.tables import print_table
@@ -59,12 +59,9 @@ class Check:
 
 
 def doctor(
-    posts: Annotated[
-        int, typer.Option("--posts", min=1, help="Look at this many of the newest posts.")
-    ] = 1000,
+    posts: Annotated[int, option("Look at this many of the newest posts.", min=1)] = 1000,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Load no models, and do not compare the bundle with them."),
+        bool, flag("--quick", "Load no models, and do not compare the bundle with them.")
     ] = False,
     as_json: AsJson = False,
     config: Config = None,

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-
-from common.cli import say
+from common.cli import option, say
 from common.errors import BundleError, ConfigError
 from scripts.commands.common import Config, Overrides, settings_of
 
@@ -22,14 +20,11 @@ Backbone = Literal["image", "video", "audio", "text", "video_lstm"]
 
 
 def export(  # noqa: PLR0917  typer calls it by names
-    out: Annotated[Path, typer.Option(metavar="F", help="The file to write.")],
-    form: Annotated[Format, typer.Option("--format", help="What is written.")] = "onnx",
-    bundle: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The bundle; default: fusion.bundle.")
-    ] = None,
+    out: Annotated[Path, option("The file to write.", "F")],
+    form: Annotated[Format, option("What is written.", None, "--format")] = "onnx",
+    bundle: Annotated[Path | None, option("The bundle; default: fusion.bundle.", "DIR")] = None,
     backbone: Annotated[
-        Backbone | None,
-        typer.Option(help="Export this extractor's model instead of the fusion model."),
+        Backbone | None, option("Export this extractor's model instead of the fusion model.")
     ] = None,
     config: Config = None,
     overrides: Overrides = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from common.cli import say
+from common.cli import argument, option, say
 from common.errors import ConfigError, path_error
 from common.files import write_whole
 from config.load import CONFIGS, DEFAULT_CONFIG
@@ -43,10 +43,9 @@ _CHANGES = {
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The project's folder.")],
+    folder: Annotated[Path, argument("The project's folder.", "FOLDER")],
     preset: Annotated[
-        Preset | None,
-        typer.Option("--preset", help="The encoders; asks at a terminal, otherwise small."),
+        Preset | None, option("The encoders; asks at a terminal, otherwise small.")
     ] = None,
 ) -> None:
     """Make a project folder with commented settings for a preset.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.cli import print_json, say
+from common.cli import option, print_json, say
 from common.errors import (
     ConfigError,
     FetchRetryable,
@@ -37,12 +37,9 @@ def inspect(
     source: Annotated[str, typer.Argument(metavar="FILE|URL")],
     *,
     kind: Annotated[
-        MediaKind | None,
-        typer.Option("--as", help="Read it as this; by default as what it mainly is."),
+        MediaKind | None, option("Read it as this; by default as what it mainly is.", None, "--as")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the pictures and the sound there.")
-    ] = None,
+    out: Annotated[Path | None, option("Write the pictures and the sound there.", "DIR")] = None,
     as_json: AsJson = False,
     config: Config = None,
     overrides: Overrides = None,

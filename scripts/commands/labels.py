@@ -7,30 +7,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from common.cli import print_json, say
+from common.cli import argument, option, print_json, say
 from common.errors import ConfigError
 from corpus import taxonomy
 from corpus.taxonomy import Migration, Operation
 from scripts.commands.common import AsJson
 
-MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="A label map, idx2name_cls*.json.")]
-Data = Annotated[
-    list[Path] | None, typer.Option("--data", metavar="F", help="A data file; may be repeated.")
-]
+MapFile = Annotated[Path, argument("A label map, idx2name_cls*.json.", "MAP")]
+Data = Annotated[list[Path] | None, option("A data file; may be repeated.", "F", "--data")]
 
 
 def check(
     labels: MapFile,
     *,
     data: Data = None,
-    bundle: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A bundle that the map must fit.")
-    ] = None,
-    min_posts: Annotated[
-        int, typer.Option("--min-posts", min=0, help="A tag with fewer posts is a conflict.")
-    ] = 1,
+    bundle: Annotated[Path | None, option("A bundle that the map must fit.", "DIR")] = None,
+    min_posts: Annotated[int, option("A tag with fewer posts is a conflict.", min=0)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Find conflicts in a label map, and between it and data files or a bundle.
@@ -49,8 +41,8 @@ def check(
 
 def rename(
     labels: MapFile,
-    old: Annotated[str, typer.Argument(help="The tag.")],
-    new: Annotated[str, typer.Argument(help="Its new name.")],
+    old: Annotated[str, argument("The tag.")],
+    new: Annotated[str, argument("Its new name.")],
 ) -> None:
     """Give a tag another name; its id stays."""
     _change(labels, "rename", (old,), (new,))
@@ -58,9 +50,9 @@ def rename(
 
 def merge(
     labels: MapFile,
-    old: Annotated[list[str], typer.Argument(help="The tags.")],
+    old: Annotated[list[str], argument("The tags.")],
     *,
-    into: Annotated[str, typer.Option(metavar="NAME", help="What they become.")],
+    into: Annotated[str, option("What they become.", "NAME")],
 ) -> None:
     """Make several tags one."""
     if len(set(old) | {into}) < 2:
@@ -70,9 +62,9 @@ def merge(
 
 def split(
     labels: MapFile,
-    old: Annotated[str, typer.Argument(help="The tag.")],
+    old: Annotated[str, argument("The tag.")],
     *,
-    into: Annotated[list[str], typer.Option(metavar="NAME", help="One of its parts; repeat it.")],
+    into: Annotated[list[str], option("One of its parts; repeat it.", "NAME")],
 ) -> None:
     """Make one tag several; `apply --by-post` says which post has which part."""
     if len(into) < 2:
@@ -82,7 +74,7 @@ def split(
 
 def retire(
     labels: MapFile,
-    old: Annotated[list[str], typer.Argument(help="The tags.")],
+    old: Annotated[list[str], argument("The tags.")],
 ) -> None:
     """Take tags out of the map."""
     _change(labels, "retire", old, ())
@@ -105,10 +97,7 @@ def apply(
     *,
     data: Data = None,
     by_post: Annotated[
-        Path | None,
-        typer.Option(
-            "--by-post", metavar="F", help="JSON lines {post_id, labels} for tags that were split."
-        ),
+        Path | None, option("JSON lines {post_id, labels} for tags that were split.", "F")
     ] = None,
 ) -> None:
     """Rewrite data files by the changes that they have not seen yet."""

@@ -10,9 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from common.cli import complain, print_json, say
+from common.cli import complain, flag, option, print_json, say
 from common.errors import ConfigError, MessageError, StoreUnavailable
 from config.settings import Settings
 from scripts.commands.common import (
@@ -40,26 +38,26 @@ def publish(
     *,
     file: Annotated[
         Path | None,
-        typer.Option(
-            "--file",
-            metavar="F",
-            help='A file with one ID a line, or {"post_id": "…"} with priority and force as on '
-            "the queue; - is standard input.",
+        option(
+            'A file with one ID a line, or {"post_id": "…"} with priority and force as on the '
+            "queue; - is standard input.",
+            "F",
         ),
     ] = None,
     untagged: Annotated[
-        bool, typer.Option("--untagged", help="Every post of the database without a result.")
+        bool, flag("--untagged", "Every post of the database without a result.")
     ] = False,
     priority: Priority = 0,
     force: Annotated[
-        bool, typer.Option("--force", help="Tag again what this bundle has tagged already.")
+        bool, flag("--force", "Tag again what this bundle has tagged already.")
     ] = False,
     check: Annotated[
         bool | None,
-        typer.Option(
+        option(
+            "Publish nothing if an ID is not in the database; with neither option, such IDs are "
+            "only reported, and only if there are at most 1,000.",
+            None,
             "--check/--no-check",
-            help="Publish nothing if an ID is not in the database; with neither option, "
-            "such IDs are only reported, and only if there are at most 1,000.",
         ),
     ] = None,
     as_json: AsJson = False,

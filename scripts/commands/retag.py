@@ -9,9 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from common.cli import complain, print_json, say
+from common.cli import complain, flag, option, print_json, say
 from common.errors import ConfigError
 from common.progress import track
 from config.settings import Settings
@@ -26,17 +24,17 @@ if TYPE_CHECKING:
 
 Partial = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--partial",
-        help="Of these, the posts whose tags lack something that may be available now: their "
+        "Of these, the posts whose tags lack something that may be available now: their "
         "media host was down, or this host was short of disk or descriptors.",
     ),
 ]
 OtherRules = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--other-rules",
-        help="Of these, the posts that were tagged under other rules than those of "
+        "Of these, the posts that were tagged under other rules than those of "
         "fusion.min_tags, max_tags and tags now.",
     ),
 ]
@@ -45,30 +43,24 @@ OtherRules = Annotated[
 def retag(
     *,
     query: Annotated[
-        str | None,
-        typer.Option(
-            "--query", metavar="JSON", help="Posts that match: a MongoDB filter, extended JSON."
-        ),
+        str | None, option("Posts that match: a MongoDB filter, extended JSON.", "JSON")
     ] = None,
     file: Annotated[
-        Path | None,
-        typer.Option("--file", metavar="F", help="A file with one ID a line; - is standard input."),
+        Path | None, option("A file with one ID a line; - is standard input.", "F")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every post of the database.")] = False,
+    everything: Annotated[bool, flag("--all", "Every post of the database.")] = False,
     older: Annotated[
         str | None,
-        typer.Option(
-            "--bundle-older-than",
-            metavar="V",
-            help="Of these, the posts that an older bundle has tagged: current is the version in "
+        option(
+            "Of these, the posts that an older bundle has tagged: current is the version in "
             "fusion.bundle.",
+            "V",
+            "--bundle-older-than",
         ),
     ] = None,
     partial: Partial = False,
     other_rules: OtherRules = False,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="At most this many posts.")
-    ] = None,
+    limit: Annotated[int | None, option("At most this many posts.", min=1)] = None,
     priority: Priority = 0,
     as_json: AsJson = False,
     config: Config = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from common.cli import complain, print_json, say
+from common.cli import argument, complain, flag, option, print_json, say
 from common.errors import ConfigError, path_error
 from common.post import MEDIA_KINDS, Post
 from common.progress import notice, track
@@ -30,28 +30,22 @@ _POSTS_FILES = (".json", ".jsonl")
 def tag(
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="POSTS",
-            help="Posts as .json, .jsonl or .csv; a folder of media, or one file: each is a post.",
+        argument(
+            "Posts as .json, .jsonl or .csv; a folder of media, or one file: each is a post.",
+            "POSTS",
         ),
     ],
     *,
     as_json: AsJson = False,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="F.jsonl", help="Write a line for each post; continues an earlier run."
-        ),
+        Path | None, option("Write a line for each post; continues an earlier run.", "F.jsonl")
     ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Overwrite --out, whatever it holds.")
-    ] = False,
+    restart: Annotated[bool, flag("--restart", "Overwrite --out, whatever it holds.")] = False,
     bundle: Annotated[
         Path | None,
-        typer.Option(
-            "--bundle",
-            metavar="FOLDER",
-            help="Instead of fusion.bundle; without --config, uses the settings.yaml next to it.",
+        option(
+            "Instead of fusion.bundle; without --config, uses the settings.yaml next to it.",
+            "FOLDER",
         ),
     ] = None,
     config: Config = None,

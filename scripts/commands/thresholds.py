@@ -10,9 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from common.cli import print_json, say
+from common.cli import argument, option, print_json, say
 from common.errors import ConfigError, one_line, path_error
 from common.files import write_whole
 from common.progress import notice
@@ -25,47 +23,38 @@ _FORMS = (".csv", ".json")
 _SHOWN = 20  # changed tags that are printed; --json and --out have all
 
 _Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="TAG=X", help="One tag's threshold, 0 to 1; repeatable."),
+    list[str] | None, option("One tag's threshold, 0 to 1; repeatable.", "TAG=X", "--set")
 ]
 _File = Annotated[
-    Path | None,
-    typer.Option(
-        "--file", metavar="F", help="Thresholds of some tags: .csv (tag,threshold) or .json."
-    ),
+    Path | None, option("Thresholds of some tags: .csv (tag,threshold) or .json.", "F", "--file")
 ]
 _FromData = Annotated[
-    Path | None,
-    typer.Option("--from-data", metavar="F", help="Fit all to labelled posts with features."),
+    Path | None, option("Fit all to labelled posts with features.", "F", "--from-data")
 ]
 _Precision = Annotated[
     float | None,
-    typer.Option(
+    option(
+        "With --from-data: share of given tags that should be right; default: best F1.",
+        "X",
         "--precision",
-        metavar="X",
         min=0,
         max=1,
-        help="With --from-data: share of given tags that should be right; default: best F1.",
     ),
 ]
 _MinPositives = Annotated[
     int,
-    typer.Option(
-        "--min-positives", min=1, help="With --from-data: tags with fewer posts share a threshold."
+    option(
+        "With --from-data: tags with fewer posts share a threshold.", None, "--min-positives", min=1
     ),
 ]
 _Root = Annotated[
-    Path | None,
-    typer.Option("--features", metavar="DIR", help="Root of feature files, for --from-data."),
+    Path | None, option("Root of feature files, for --from-data.", "DIR", "--features")
 ]
-_Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="F", help="Write all thresholds to a .csv or .json file."),
-]
+_Out = Annotated[Path | None, option("Write all thresholds to a .csv or .json file.", "F", "--out")]
 
 
 def thresholds(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.")],
+    folder: Annotated[Path, argument("The bundle.", "DIR")],
     *,
     sets: _Sets = None,
     file: _File = None,

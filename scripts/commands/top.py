@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import psutil
-import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from common.cli import say
+from common.cli import flag, option, say
 from common.errors import TaggingError
 from common.logs import visible
 from common.times import plain
@@ -108,12 +107,9 @@ class Looks:
 
 
 def top(
-    once: Annotated[bool, typer.Option("--once", help="Look once and exit.")] = False,
+    once: Annotated[bool, flag("--once", "Look once and exit.")] = False,
     every: Annotated[
-        float | None,
-        typer.Option(
-            "--every", min=0.1, metavar="S", help="Seconds between two looks; 1, or 30 in a file."
-        ),
+        float | None, option("Seconds between two looks; 1, or 30 in a file.", "S", min=0.1)
     ] = None,
     as_json: AsJson = False,
     config: Config = None,

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from common.cli import JsonReport, Script, json_report, say
+from common.cli import JsonReport, Script, argument, flag, json_report, option, say
 from common.errors import ConfigError
 from common.logs import configure_logs
 from config.load import DEFAULT_CONFIG, did_you_mean, parse_overrides, settings_with
@@ -33,54 +31,40 @@ class Options:
 
     posts: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="POSTS",
-            help="A folder of pictures, videos and sounds; or posts as .csv, .jsonl or .json.",
+        argument(
+            "A folder of pictures, videos and sounds; or posts as .csv, .jsonl or .json.", "POSTS"
         ),
     ] = None
-    named_posts: Annotated[
-        Path | None, typer.Option("--posts", metavar="POSTS", help="The same, as an option.")
-    ] = None
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Takes bundle, report and the rest.")
-    ]
+    named_posts: Annotated[Path | None, option("The same, as an option.", "POSTS", "--posts")] = (
+        None
+    )
+    out: Annotated[Path, option("Takes bundle, report and the rest.", "FOLDER")]
     labels: Annotated[
         Path | None,
-        typer.Option(
-            "--labels",
-            metavar="F.csv",
-            help="Of a folder: columns file,labels; several are separated by ; or |.",
-        ),
+        option("Of a folder: columns file,labels; several are separated by ; or |.", "F.csv"),
     ] = None
-    preset: Annotated[
-        Preset | None,
-        typer.Option("--preset", help="The encoders; small unless --config names some."),
-    ] = None
-    valid: Annotated[
-        float, typer.Option("--valid", help="Share of the posts that chooses thresholds.")
-    ] = 0.1
-    test: Annotated[
-        float, typer.Option("--test", help="Share of the posts that is only measured on.")
-    ] = 0.1
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split.")] = 0
-    min_posts: Annotated[
-        int, typer.Option("--min-posts", min=1, help="Leave out tags with fewer posts.")
-    ] = 1
+    preset: Annotated[Preset | None, option("The encoders; small unless --config names some.")] = (
+        None
+    )
+    valid: Annotated[float, option("Share of the posts that chooses thresholds.")] = 0.1
+    test: Annotated[float, option("Share of the posts that is only measured on.")] = 0.1
+    seed: Annotated[int, option("Of the split.", min=0)] = 0
+    min_posts: Annotated[int, option("Leave out tags with fewer posts.", min=1)] = 1
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out posts with mistakes, and list them.")
+        bool, flag("--skip-bad", "Leave out posts with mistakes, and list them.")
     ] = False
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start over in the folder of an earlier run.")
-    ] = False
+    restart: Annotated[bool, flag("--restart", "Start over in the folder of an earlier run.")] = (
+        False
+    )
     as_json: JsonReport = False
     config: Config = None
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="a.b=c",
-            help="A setting of the extractors (features.image.image_size=160) or of the training "
+        option(
+            "A setting of the extractors (features.image.image_size=160) or of the training "
             "(trainer.epochs=5); repeatable.",
+            "a.b=c",
+            "--set",
         ),
     ] = None
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from common.cli import say
+from common.cli import option, say
 from common.errors import ConfigError
 from common.logs import configure_logs
 from common.tables import print_table
@@ -17,26 +15,21 @@ _SHOWN = 10
 
 def tune(
     model_config: Annotated[
-        Path,
-        typer.Option("--config", "--model_config", metavar="F", help="The training's YAML file."),
+        Path, option("The training's YAML file.", "F", "--config", "--model_config")
     ] = Path("config/train_config.yaml"),
     out: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="Folder of the search; an existing one is continued."),
+        Path, option("Folder of the search; an existing one is continued.", "DIR")
     ] = Path("workshop/tune"),
-    trials: Annotated[int, typer.Option(min=1, help="Trainings in total.")] = 30,
+    trials: Annotated[int, option("Trainings in total.", min=1)] = 30,
     search: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=LOW..HIGH|KEY=A|B",
-            help="A key and its values; repeatable. Default: learning rate, weight decay, average.",
+        option(
+            "A key and its values; repeatable. Default: learning rate, weight decay, average.",
+            "KEY=LOW..HIGH|KEY=A|B",
         ),
     ] = None,
     overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="a.b=c", help="Override one setting of the file; repeatable."
-        ),
+        list[str] | None, option("Override one setting of the file; repeatable.", "a.b=c", "--set")
     ] = None,
 ) -> None:
     """Train many times with other values, and write the best ones as DIR/best.yaml.

@@ -9,9 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from common.cli import print_json, say
+from common.cli import flag, option, print_json, say
 from common.errors import ConfigError
 from common.files import locked
 from common.logs import configure_logs
@@ -32,16 +30,13 @@ _LEAST_S, _MOST_S = 5.0, 3600.0
 def tune_host(
     *,
     seconds: Annotated[
-        float,
-        typer.Option(
-            min=_LEAST_S, max=_MOST_S, help="Time to measure, without loading the models."
-        ),
+        float, option("Time to measure, without loading the models.", min=_LEAST_S, max=_MOST_S)
     ] = 60.0,
-    videos: Annotated[int, typer.Option(min=0, max=20, help="Videos of an average post.")] = 1,
-    images: Annotated[int, typer.Option(min=0, max=20, help="Images of an average post.")] = 2,
-    audios: Annotated[int, typer.Option(min=0, max=20, help="Sounds of an average post.")] = 0,
+    videos: Annotated[int, option("Videos of an average post.", min=0, max=20)] = 1,
+    images: Annotated[int, option("Images of an average post.", min=0, max=20)] = 2,
+    audios: Annotated[int, option("Sounds of an average post.", min=0, max=20)] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")
+        bool, flag("--dry-run", "Show what would be written, and write nothing.")
     ] = False,
     as_json: AsJson = False,
     config: Config = None,

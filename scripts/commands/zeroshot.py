@@ -7,9 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from common.cli import complain, say
+from common.cli import argument, complain, option, say
 from common.errors import BundleError, ConfigError
 from common.fingerprint import mismatch
 from common.post import TEXT_STREAMS, Stream
@@ -27,13 +25,10 @@ if TYPE_CHECKING:
 _SPACES: tuple[Stream, ...] = ("video", "image", "audio", "text", "ocr", "asr")
 
 Tags = Annotated[
-    Path,
-    typer.Option(
-        "--tags", metavar="F", help="tags.yaml: names, descriptions, synonyms, negatives."
-    ),
+    Path, option("tags.yaml: names, descriptions, synonyms, negatives.", "F", "--tags")
 ]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the new bundle.")]
-Device = Annotated[str, typer.Option("--device", metavar="X", help="cpu or cuda:N.")]
+Out = Annotated[Path, option("Folder of the new bundle.", "DIR", "--out")]
+Device = Annotated[str, option("cpu or cuda:N.", "X", "--device")]
 
 
 def zeroshot(
@@ -42,15 +37,10 @@ def zeroshot(
     out: Out,
     labels: Annotated[
         Path | None,
-        typer.Option(
-            "--labels",
-            metavar="F",
-            help="A data file with features: its posts centre the vectors, labels calibrate.",
-        ),
+        option("A data file with features: its posts centre the vectors, labels calibrate.", "F"),
     ] = None,
     features: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Root of feature files, for posts that name none."),
+        Path | None, option("Root of feature files, for posts that name none.", "DIR")
     ] = None,
     device: Device = "cpu",
     config: Config = None,
@@ -82,7 +72,7 @@ def zeroshot(
 
 
 def add_tags(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.")],
+    folder: Annotated[Path, argument("The bundle.", "DIR")],
     *,
     tags: Tags,
     out: Out,

@@ -16,7 +16,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import Script, share
+from common.cli import Script, option, share
 from common.errors import ConfigError
 from demo.posts.plan import DATA_FILE, Split, plan_posts
 
@@ -25,16 +25,13 @@ from demo.posts.plan import DATA_FILE, Split, plan_posts
 class CommandLine:
     """The command line."""
 
-    out: Annotated[Path, typer.Option(help="folder to write to")]
-    posts: Annotated[int, typer.Option(min=1, help="number of posts")]
+    out: Annotated[Path, option("folder to write to")]
+    posts: Annotated[int, option("number of posts", min=1)]
     seed: Annotated[int, typer.Option(min=0)] = 0
-    split: Annotated[Split, typer.Option(help="splits share no post")] = "train"
-    noise: Annotated[float, typer.Option(parser=share, metavar="X", help="disturbance, 0 to 1")] = (
-        0.0
-    )
+    split: Annotated[Split, option("splits share no post")] = "train"
+    noise: Annotated[float, option("disturbance, 0 to 1", "X", parser=share)] = 0.0
     missing: Annotated[
-        float,
-        typer.Option(parser=share, metavar="X", help="chance that a needed modality is left out"),
+        float, option("chance that a needed modality is left out", "X", parser=share)
     ] = 0.0
     processes: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1
 

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import Script
+from common.cli import Script, option
 from common.errors import ConfigError
 from config.labels import LabelMap
 
@@ -26,12 +24,12 @@ from config.labels import LabelMap
 class CommandLine:
     """The command line."""
 
-    out: Annotated[Path, typer.Option(help="folder to write to")]
-    source: Annotated[Path, typer.Option(help="folder with svg/ and png/ of the packages")] = Path(
+    out: Annotated[Path, option("folder to write to")]
+    source: Annotated[Path, option("folder with svg/ and png/ of the packages")] = Path(
         "/usr/share/openclipart"
     )
     min_posts: Annotated[
-        int, typer.Option("--min_posts", min=1, help="posts that a label has at least")
+        int, option("posts that a label has at least", None, "--min_posts", min=1)
     ] = 20
 
 

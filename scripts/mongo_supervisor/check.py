@@ -21,7 +21,17 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import ConfigFile, Overrides, complain, exit_code, print_json, read_options, say
+from common.cli import (
+    ConfigFile,
+    Overrides,
+    complain,
+    exit_code,
+    flag,
+    option,
+    print_json,
+    read_options,
+    say,
+)
 from common.errors import ConfigError, TaggingError
 from common.logs import configure_logs
 from common.times import since_time
@@ -51,26 +61,18 @@ class CommandLine:
     overrides: Overrides
     warning: Annotated[list[str], _limit_option("--warning", "a warning")]
     critical: Annotated[list[str], _limit_option("--critical", "critical")]
-    older_than: Annotated[
-        str | None,
-        typer.Option("--older-than", metavar="T", help="untagged posts of this age: 15m, 2h, 0s"),
-    ] = None
-    window: Annotated[
-        str | None, typer.Option(metavar="T", help="recent time of the failed ratio: 1h, 1d")
-    ] = None
-    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False
+    older_than: Annotated[str | None, option("untagged posts of this age: 15m, 2h, 0s", "T")] = None
+    window: Annotated[str | None, option("recent time of the failed ratio: 1h, 1d", "T")] = None
+    json: Annotated[bool, flag("--json", "JSON instead of a table")] = False
     watch: Annotated[
         float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="look again and again: redrawn on a terminal, otherwise a log line for each look",
+        option(
+            "look again and again: redrawn on a terminal, otherwise a log line for each look",
+            "SECONDS",
         ),
     ] = None
     requeue: Annotated[
-        bool,
-        typer.Option(
-            "--requeue", help="publish every untagged post without a job again, and say how many"
-        ),
+        bool, flag("--requeue", "publish every untagged post without a job again, and say how many")
     ] = False
     # The daemon's option, which KING_ARGS may hold.
     drain: Annotated[bool, typer.Option("--drain", hidden=True)] = False
