@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, get_args
 
-import griffe
-from parsers import ROOT
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from tables import table
 
+from config.schema import words_of
+from config.section import Section
 from config.settings import InferSettings, Settings
 from config.train import BackboneTrainSettings, TrainSettings
-
-_MODULES = ("config.settings", "config.train", "config.fusion_models")
 
 
 def page() -> str:
@@ -57,7 +53,7 @@ def _joined(*parts: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _sections(model: type[BaseModel], heading: str, path: str = "") -> Iterator[str]:
+def _sections(model: type[Section], heading: str, path: str = "") -> Iterator[str]:
     """Yield a table of a section's own keys, then the sections in it."""
     own = {name: field for name, field in model.model_fields.items() if not _model(field)}
     nested = {name: it for name, field in model.model_fields.items() if (it := _model(field))}
@@ -73,15 +69,14 @@ def _sections(model: type[BaseModel], heading: str, path: str = "") -> Iterator[
         yield from _sections(section, heading, f"{path}.{name}".lstrip("."))
 
 
-def _row(key: str, name: str, field: FieldInfo, model: type[BaseModel]) -> tuple[str, ...]:
-    meaning = _meaning(model, name) or field.description or ""
-    return f"`{key}`", _type(field), _default(field), meaning
+def _row(key: str, name: str, field: FieldInfo, model: type[Section]) -> tuple[str, ...]:
+    return f"`{key}`", _type(field), _default(field), _words(words_of(model, name) or "")
 
 
-def _model(field: FieldInfo) -> type[BaseModel] | None:
+def _model(field: FieldInfo) -> type[Section] | None:
     """Return the section that a field holds; None where it holds a value, a list or a mapping."""
     for each in (field.annotation, *get_args(field.annotation)):
-        if isinstance(each, type) and issubclass(each, BaseModel):
+        if isinstance(each, type) and issubclass(each, Section):
             return (
                 each
                 if each is field.annotation or type(None) in get_args(field.annotation)
@@ -120,7 +115,7 @@ def _named(annotation: Any) -> str:
         return "mapping"
     if arguments:
         return " or ".join(_named(each) for each in arguments)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return "{" + ", ".join(annotation.model_fields) + "}"
     return {"Path": "path"}.get(
         getattr(annotation, "__name__", ""), getattr(annotation, "__name__", "value")
@@ -136,29 +131,10 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, (tuple, list)):
-        if any(isinstance(each, BaseModel) for each in value):
+        if any(isinstance(each, Section) for each in value):
             return "one, of defaults"
         return f"`[{', '.join(str(each) for each in value)}]`"
     return f"`{value}`" if str(value) else "empty"
-
-
-@cache
-def _documented() -> dict[str, Any]:
-    """Return the classes of the settings as they are written, with the words under their fields."""
-    loader = griffe.GriffeLoader(search_paths=[str(ROOT)])
-    classes: dict[str, Any] = {}
-    for name in _MODULES:
-        classes |= {each.name: each for each in loader.load(name).classes.values()}
-    return classes
-
-
-def _meaning(model: type[BaseModel], name: str) -> str:
-    """Return what stands under a field in the source, in one line."""
-    for each in model.__mro__:
-        member = getattr(_documented().get(each.__name__), "members", {}).get(name)
-        if member is not None and member.docstring:
-            return _words(member.docstring.value)
-    return ""
 
 
 def _words(text: str) -> str:
