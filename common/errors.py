@@ -7,7 +7,7 @@ is the user's. Foreign exceptions are mapped at the edge that meets them, with `
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 
@@ -119,4 +119,33 @@ _WRONG_PATH = {
 def path_error(what: str, error: OSError) -> ConfigError | RetryableError:
     """Return the error of a path in the settings: ConfigError, or RetryableError if temporary."""
     kind = ConfigError if error.errno in _WRONG_PATH else RetryableError
-    return kind(f"{what}: {error.strerror or one_line(error)}")
+    return kind(f"{what}: {reason(error)}")
+
+
+def told(what: str, *kinds: type[Exception], as_: type[TaggingError] = ConfigError) -> _RaisedAs:
+    """Return a context whose errors, OSError by default, become one of ours: what, and why."""
+    return _RaisedAs(kinds or (OSError,), lambda error: as_(f"{what}: {reason(error)}"))
+
+
+def replaced(ours: TaggingError, *kinds: type[Exception]) -> _RaisedAs:
+    """Return a context in which one of our errors takes the place of others, which say no more."""
+    return _RaisedAs(kinds, lambda _: ours)
+
+
+def reason(error: Exception) -> str:
+    """Return why, on one line: of the system's errors without their number and file."""
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
+
+
+class _RaisedAs:
+    # No generator: to mypy that might swallow the error, and leave a function without its value.
+    def __init__(
+        self, kinds: tuple[type[Exception], ...], made: Callable[[Exception], TaggingError]
+    ) -> None:
+        self._kinds, self._made = kinds, made
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, Exception) and isinstance(error, self._kinds):
+            raise self._made(error) from error

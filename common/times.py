@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 
 from bson import ObjectId
 
-from common.errors import ConfigError
+from common.errors import ConfigError, replaced
 
 _MILLISECONDS_FROM = 1e11  # as seconds that would be the year 5138
 
@@ -24,12 +24,11 @@ def since_time(text: str | None, now_s: float, option: str = "--since") -> float
             return now_s - float(number) * _UNITS_S[unit]
         except ValueError:
             pass
-    try:
+    with replaced(
+        ConfigError(f"{option} {text}: write it as 30m, 2h, 7d, or as a date 2026-01-31[T12:00]"),
+        ValueError,
+    ):
         date = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{option} {text}: write it as 30m, 2h, 7d, or as a date 2026-01-31[T12:00]"
-        ) from error
     return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from common.errors import ConfigError, path_error
+from common.errors import ConfigError, path_error, told
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ class LabelMap:
     @classmethod
     def from_mapping(cls, content: Mapping[str, object], where: str) -> LabelMap:
         """Build from index -> name; ConfigError when indices are not 0 to n-1, or names repeat."""
-        try:
+        with told(f"{where}: every key must be an index", ValueError):
             pairs = sorted((int(key), value) for key, value in content.items())
-        except ValueError as error:
-            raise ConfigError(f"{where}: every key must be an index: {error}") from error
         names = [name for _, name in pairs]
         if [i for i, _ in pairs] != list(range(len(pairs))) or not pairs:
             raise ConfigError(f"{where}: indices must run from 0 without gaps")

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import EnvSettingsSource
 
-from common.errors import ConfigError, one_line, path_error
+from common.errors import ConfigError, one_line, path_error, replaced
 from common.urls import redact
 from config.presets import changes_nothing, merge, with_preset
 from config.settings import Settings
@@ -78,10 +78,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         keys = path.strip().split(".")
         if not separator or not all(keys):
             raise ConfigError(f"--set {redact(override)}: write it as section.key=value")
-        try:
+        with replaced(ConfigError(f"--set {path}: {redact(raw)!r:.200} is not a value"), _NO_YAML):
             value = _file_content(path, raw[1:]) if raw[:1] == "@" else yaml.safe_load(raw or '""')
-        except _NO_YAML as error:
-            raise ConfigError(f"--set {path}: {redact(raw)!r:.200} is not a value") from error
         node = tree
         for key in keys[:-1]:
             child = node.setdefault(key, {})

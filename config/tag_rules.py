@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from common.errors import ConfigError
+from common.errors import ConfigError, told
 from config.labels import LabelMap
 from config.load import did_you_mean, read_yaml, validate
 from config.section import Section
@@ -103,10 +103,8 @@ class TagRules:
         key = "fusion.tags" if isinstance(settings, FusionSettings) else "tags"
         if settings.tags is None:
             return cls(settings.min_tags, settings.max_tags, settings.near_misses)
-        try:
+        with told(f"{key}", ConfigError):
             file = validate(TagFile, read_yaml(settings.tags), str(settings.tags))
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from error
         where, numbers = f"{key}: {settings.tags}", (settings.min_tags, settings.max_tags)
         return cls(*numbers, settings.near_misses, file, where)
 

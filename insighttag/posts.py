@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
-from common.errors import ConfigError, one_line, path_error
+from common.errors import ConfigError, path_error, told
 from common.post import Post
 
 if TYPE_CHECKING:
@@ -100,12 +100,8 @@ def _source(media: Any, where: str, file: Path, key: str) -> str:
             file.write_bytes(media)
         elif key == "images":
             picture = _picture(media, where)
-            try:
-                picture.load()  # Pillow reads a file as late as here
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"{where}: is not a complete picture: {one_line(error)}"
-                ) from error
+            with told(f"{where}: is not a complete picture", OSError, ValueError):
+                picture.load()
             if not all(picture.size):
                 raise ConfigError(f"{where}: the picture is empty: {picture.size}")
             if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):

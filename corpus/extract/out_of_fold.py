@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from common.cli import ConfigFile, Overrides, Script, option, say
-from common.errors import ConfigError
+from common.errors import ConfigError, told
 from common.files import write_whole
 from common.fingerprint import digest
 from common.post import Modality, Post, Stream
@@ -130,14 +130,12 @@ def _check_same(
     made_of = settings.model_dump(mode="json", exclude={"trainer": {"save_dir", "progress"}})
     parts = {"train": made_of, "posts": posts.digest(), "folds": [options.folds, options.seed]}
     path, found = work / "folds.json", digest(parts)
-    try:
+    with told(f"{path}: cannot be used", OSError, ValueError):
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != found:
             raise ConfigError(
                 f"{path}: those folds belong to other posts, folds or settings: name another --work"
             )
         write_whole(path, json.dumps(found))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be used: {error}") from error
 
 
 def _train(settings: BackboneTrainSettings, folder: Path, posts: Path) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from common.errors import ConfigError, TaggingError
+from common.errors import ConfigError, TaggingError, replaced
 from common.files import file_digest, write_whole
 from common.fingerprint import digest
 from common.post import Post
@@ -201,10 +201,10 @@ def _begin(plan: OwnTraining, folder: TrainingFolder, *, restart: bool) -> str:
         for latest in plan.out.glob("**/latest"):  # of trainings, which must not go on
             latest.unlink()
     elif (plan.out / "stamps" / "posts").exists():  # before, there is nothing to go on with
-        try:
+        with replaced(
+            ConfigError(f"{folder.begun}: broken: --restart starts over"), OSError, ValueError
+        ):
             was = json.loads(folder.begun.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder.begun}: broken: --restart starts over") from error
         _refuse_other(plan, was, now)
     elif not folder.begun.exists() and any(p.name != ".lock" for p in plan.out.iterdir()):
         raise ConfigError(

@@ -18,7 +18,7 @@ from bson import json_util
 from bson.errors import BSONError
 
 from common.cli import ConfigFile, Overrides, flag, option, say
-from common.errors import ConfigError, TaggingError, one_line
+from common.errors import ConfigError, TaggingError, one_line, told
 from common.progress import progress_bar
 from common.times import since_time
 from common.urls import redact
@@ -153,10 +153,10 @@ def read_query(text: str) -> dict[str, Any]:
         raise ConfigError(f"--query: not JSON: {one_line(error)}") from error
     if not isinstance(query, dict):
         raise ConfigError('--query: must be an object such as {"lang": "en"}')
-    try:
+    with told(
+        "--query: not a query for MongoDB", ValueError, OverflowError, RecursionError, BSONError
+    ):
         bson.encode(query)
-    except (ValueError, OverflowError, RecursionError, BSONError) as error:
-        raise ConfigError(f"--query: not a query for MongoDB: {one_line(error)}") from error
     return query
 
 

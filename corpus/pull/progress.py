@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from bson import json_util
 
-from common.errors import ConfigError
+from common.errors import ConfigError, replaced
 from common.files import part_of, publish, write_whole
 from corpus.pull.pages import Position
 from corpus.pull.posts import Choice
@@ -113,7 +113,13 @@ class Files:
         write_whole(self._choice, json.dumps(content, ensure_ascii=False))
 
     def _read(self) -> list[int]:
-        try:
+        with replaced(
+            ConfigError(f"{self._record}: cannot be read; add --restart to start over"),
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):
             content = json.loads(self._record.read_text(encoding="utf-8"))
             asked: dict[str, Any] = content["asked"]
             last = json_util.loads(content["last"])
@@ -122,10 +128,6 @@ class Files:
             self.written, self.complete = int(content["written"]), bool(content["complete"])
             self.times = dict(content["times"])
             lengths = list(map(int, content["lengths"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{self._record}: cannot be read; add --restart to start over"
-            ) from error
         other = sorted(k for k in {*asked, *self._asked} if asked.get(k) != self._asked.get(k))
         if other:
             raise ConfigError(

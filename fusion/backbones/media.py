@@ -14,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch.utils.data import Dataset
 
-from common.errors import ConfigError, MediaError
+from common.errors import ConfigError, MediaError, told
 from common.post import Stream
 from common.progress import notice
 from config.labels import LabelMap
@@ -266,10 +266,8 @@ class MediaDataset(Dataset[Sample]):
         post_id, media = self._posts[row]
         items: list[npt.NDArray[Any]] = []
         for index in _chosen(len(media), self._max_items, chance):
-            try:
+            with told(f"post {post_id}: {media[index]}", MediaError, as_=MediaError):
                 items.append(self._item(media[index], chance))
-            except MediaError as error:
-                raise MediaError(f"post {post_id}: {media[index]}: {error}") from error
         return Sample(post_id, {STREAM: np.stack(items)}, self.targets[row])
 
 

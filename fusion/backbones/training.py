@@ -27,7 +27,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from common.errors import ConfigError, FeatureError, MediaError
+from common.errors import ConfigError, FeatureError, MediaError, replaced, told
 from common.files import new_file
 from common.post import Post
 from common.post_set import PostSet
@@ -526,10 +526,8 @@ def train_model(
 
 
 def _saved(save: Callable[[Path], None], out: Path) -> None:
-    try:
+    with told(f"{out}: cannot be written"):
         save(out)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error}") from error
 
 
 def _signature(settings: BackboneTrainSettings, posts: Posts, stage: str) -> str:
@@ -559,21 +557,19 @@ class FrameStore:
     def write(self, path: Path, features: npt.NDArray[np.float16]) -> None:
         """Keep the features ``(frames, dim)`` of a video; the file is whole or not there."""
         place = self._place(path)
-        try:
-            with new_file(place, sync=False, shared=True) as file:
-                np.save(file, features, allow_pickle=False)
-        except OSError as error:
-            raise ConfigError(f"{place}: cannot be written: {error}") from error
+        with told(f"{place}: cannot be written"), new_file(place, sync=False, shared=True) as file:
+            np.save(file, features, allow_pickle=False)
 
     def read(self, path: Path, _: Chance | None = None) -> npt.NDArray[np.float16]:
         """Return the features ``(frames, dim)`` of a video, as an `Item`."""
         place = self._place(path)
-        try:
+        with replaced(
+            FeatureError(f"{place}: cannot be read; delete it and continue with --resume"),
+            OSError,
+            ValueError,
+            EOFError,
+        ):
             found: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise FeatureError(
-                f"{place}: cannot be read; delete it and continue with --resume"
-            ) from (error)
         return found
 
     def _place(self, path: Path) -> Path:
@@ -614,15 +610,13 @@ def extract_frames(
         shown = settings.trainer.progress and fabric.is_global_zero
         with progress_bar("frames", len(mine), enabled=shown) as bar:
             for post_id, path in mine:
-                try:
+                with told(f"post {post_id}: {path}", MediaError, as_=MediaError):
                     pixels = read_frames(
                         path,
                         choice=FrameChoice.of(video),
                         side=video.image_size,
                         limits=reader.limits,
                     )
-                except MediaError as error:
-                    raise MediaError(f"post {post_id}: {path}: {error}") from error
                 [features] = extractor.forward([extractor.preprocess(pixels)])
                 store.write(path, features)
                 bar.advance()

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from common.errors import BundleError, ConfigError, RetryableError, path_error
+from common.errors import BundleError, ConfigError, RetryableError, path_error, told
 from common.files import file_digest
 from common.fingerprint import with_parts
 from common.post import Stream
@@ -119,10 +119,8 @@ def check_files(folder: Path, about: About, *, whole: bool = True) -> LabelMap:
             continue
         if sha256_of(folder / file) != sha256:
             raise BundleError(f"{folder / file}: is truncated, or not this bundle's (sha256)")
-    try:
+    with told(f"{folder}", ConfigError, as_=BundleError):
         labels = LabelMap.load(folder / LABELS)
-    except ConfigError as error:
-        raise BundleError(f"{folder}: {error}") from error
     if len(about.thresholds) != len(labels):
         raise BundleError(f"{folder}: {len(about.thresholds)} thresholds for {len(labels)} labels")
     return labels

@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 from torch.nn import functional
 
-from common.errors import BundleError, ConfigError, one_line
+from common.errors import BundleError, ConfigError, one_line, told
 from common.files import new_folder
 from common.fingerprint import parts_of
 from common.post_set import PostSet
@@ -119,51 +119,51 @@ def save_bundle(folder: Path, bundle: Bundle, *, made_at: str | None = None) -> 
     sha256; later is greater.
     """
     manifest = bundle.manifest
-    try:
-        with new_folder(folder) as part:
-            digests = _write_weights(part, bundle)
-            text = json.dumps(bundle.labels.as_json(), ensure_ascii=False, indent=1)
-            (part / LABELS).write_text(text + "\n", encoding="utf-8")
-            digest = (
-                hashlib.sha256("".join(digests).encode()).hexdigest() if digests[1:] else digests[0]
-            )
-            made_at = made_at or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
-            version = f"{made_at}-{digest[:8]}"
-            about = About(
-                format=1,
-                name=bundle.name,
-                version=version,
-                image_as_frames=manifest.image_as_frames,
-                ocr_mode=manifest.ocr_mode,
-                features={
-                    m: ModalityEntry(
-                        dim=dim,
-                        fingerprint=str(manifest.fingerprints[m]),
-                        made_of=parts_of(manifest.fingerprints[m]),
-                    )
-                    for m, dim in manifest.dims.items()
-                },
-                model=bundle.settings,
-                thresholds=tuple(round(float(t), 6) for t in bundle.thresholds),
-                calibration=bundle.calibration,
-                metrics={key: float(value) for key, value in bundle.metrics.items()},
-                seen_posts=bundle.seen_posts,
-                subsets={key: float(value) for key, value in bundle.subsets.items()},
-                averaging=bundle.averaging,
-                weights_sha256=digests[0],
-                members_sha256=digests[1:],
-                labels_sha256=sha256_of(part / LABELS),
-            )
-            content = about.model_dump(mode="json")
-            for entry in content["features"].values():
-                if not entry["made_of"]:
-                    del entry["made_of"]
-            if not bundle.seen_posts:
-                del content["seen_posts"]
-            lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-            (part / ABOUT).write_text(lines, encoding="utf-8")
-    except OSError as error:
-        raise BundleError(f"{folder}: the bundle cannot be written: {error}") from error
+    with (
+        told(f"{folder}: the bundle cannot be written", as_=BundleError),
+        new_folder(folder) as part,
+    ):
+        digests = _write_weights(part, bundle)
+        text = json.dumps(bundle.labels.as_json(), ensure_ascii=False, indent=1)
+        (part / LABELS).write_text(text + "\n", encoding="utf-8")
+        digest = (
+            hashlib.sha256("".join(digests).encode()).hexdigest() if digests[1:] else digests[0]
+        )
+        made_at = made_at or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+        version = f"{made_at}-{digest[:8]}"
+        about = About(
+            format=1,
+            name=bundle.name,
+            version=version,
+            image_as_frames=manifest.image_as_frames,
+            ocr_mode=manifest.ocr_mode,
+            features={
+                m: ModalityEntry(
+                    dim=dim,
+                    fingerprint=str(manifest.fingerprints[m]),
+                    made_of=parts_of(manifest.fingerprints[m]),
+                )
+                for m, dim in manifest.dims.items()
+            },
+            model=bundle.settings,
+            thresholds=tuple(round(float(t), 6) for t in bundle.thresholds),
+            calibration=bundle.calibration,
+            metrics={key: float(value) for key, value in bundle.metrics.items()},
+            seen_posts=bundle.seen_posts,
+            subsets={key: float(value) for key, value in bundle.subsets.items()},
+            averaging=bundle.averaging,
+            weights_sha256=digests[0],
+            members_sha256=digests[1:],
+            labels_sha256=sha256_of(part / LABELS),
+        )
+        content = about.model_dump(mode="json")
+        for entry in content["features"].values():
+            if not entry["made_of"]:
+                del entry["made_of"]
+        if not bundle.seen_posts:
+            del content["seen_posts"]
+        lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        (part / ABOUT).write_text(lines, encoding="utf-8")
     return version
 
 
@@ -172,11 +172,9 @@ def load_bundle(folder: Path) -> Bundle:
     about = read_about(folder)
     labels = check_files(folder, about)
     manifest = manifest_of(about)
-    try:
+    with told(f"{folder}", ConfigError, as_=BundleError):
         schema = InputSchema.of(manifest, about.model.tokens, len(labels))
         members = [build_model(schema, about.model) for _ in about.weights]
-    except ConfigError as error:
-        raise BundleError(f"{folder}: {error}") from error
     for member, file in zip(members, about.weights, strict=True):
         _fill(member, folder / file)
     return Bundle(

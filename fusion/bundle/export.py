@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from common.errors import ConfigError, TaggingError, one_line
+from common.errors import ConfigError, TaggingError, one_line, told
 from common.files import publish, sync_file, write_whole
 from common.post import Stream
 from fusion.bundle.bundle import Bundle
@@ -109,7 +109,7 @@ def export(graph: Graph, form: Format, path: Path) -> Exported:
         "pickle": lambda graph, path: _write_legacy(graph, path, whole=True),
     }
     sidecar = path.with_name(f"{path.name}.json")
-    try:
+    with told(f"{path}: cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             part = Path(folder) / f"part{path.suffix}"
@@ -132,8 +132,6 @@ def export(graph: Graph, form: Format, path: Path) -> Exported:
             write_whole(sidecar, json.dumps(about, ensure_ascii=False, indent=1))
             sync_file(part)
             publish(part, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from error
     return exported
 
 

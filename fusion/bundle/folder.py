@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from common.errors import BundleError, ConfigError, one_line
+from common.errors import BundleError, ConfigError, one_line, replaced, told
 from common.files import link_or_copy, locked, new_folder, part_of, publish, write_whole
 from config.settings import FusionSettings
 
@@ -67,13 +67,15 @@ def later_version(served: str | None, digest: str) -> str:
     """
     now = datetime.now(timezone.utc).strftime(_TIME)
     if served is not None and now <= served[: len(now)]:
-        try:
-            now = (made_at(served) + timedelta(seconds=1)).strftime(_TIME)
-        except (ValueError, OverflowError) as error:
-            raise BundleError(
+        with replaced(
+            BundleError(
                 f"version {served}: no version is later than that of the bundle there: write the "
                 f"time at which it was made in its {ABOUT}"
-            ) from error
+            ),
+            ValueError,
+            OverflowError,
+        ):
+            now = (made_at(served) + timedelta(seconds=1)).strftime(_TIME)
     return f"{now}-{digest}"
 
 
@@ -84,10 +86,8 @@ def shadow_folder(settings: FusionSettings) -> Path:
 
 def refuse_foreign(bundle: Path, setting: str) -> None:
     """Check that a folder may be replaced by a bundle."""
-    try:
+    with told(f"{setting}: {bundle}: cannot be a bundle's folder"):
         other = bundle.exists() and not (bundle / ABOUT).exists() and any(bundle.iterdir())
-    except OSError as error:
-        raise ConfigError(f"{setting}: {bundle}: cannot be a bundle's folder: {error}") from error
     if other:
         raise ConfigError(
             f"{setting}: {bundle} holds something that is not a bundle and would be replaced: "

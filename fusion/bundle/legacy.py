@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError, told
 from common.pth import load_weights
 from fusion.bundle.about import WEIGHTS
 from fusion.bundle.bundle import joined, load_bundle, save_bundle
@@ -68,12 +68,10 @@ def with_weights(
     one model make an ensemble's bundle one of that model alone.
     """
     state = load_weights(weights, allow_pickle=allow_pickle, setting=setting)
-    try:
+    with told(
+        f"{weights}: holds weights alone; the rest comes from the bundle of the config", BundleError
+    ):
         base = load_bundle(bundle)
-    except BundleError as error:
-        raise ConfigError(
-            f"{weights}: holds weights alone; the rest comes from the bundle of the config: {error}"
-        ) from error
     parts = _of_members(state) if all(k.startswith("members.") for k in state) else [state]
     members = base.members[: len(parts)]
     if len(parts) > len(members):

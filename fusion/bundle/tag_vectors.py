@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError, told
 from common.fingerprint import differing
 from common.post import TEXT_STREAMS, Stream
 from common.post_set import PostSet
@@ -283,10 +283,8 @@ def start_from_texts(
     path = settings.tag_text.start if learned else settings.linear_probe.start
     if path is None:
         return
-    try:
+    with told(f"{setting}", BundleError):
         bundle = load_bundle(path)
-    except BundleError as error:
-        raise ConfigError(f"{setting}: {error}") from error
     setting = f"{setting}: {path}"
     streams, earlier = text_streams(bundle, setting), bundle.members[0]
     lost = [name for name in labels.names if name not in bundle.labels.index]

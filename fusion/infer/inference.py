@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.errors import ConfigError, FeatureError, WorkerDied, one_line
+from common.errors import ConfigError, FeatureError, WorkerDied, one_line, told
 from common.files import write_whole
 from common.post import Post
 from common.processes import process_pool
@@ -180,11 +180,9 @@ def infer(job: Job) -> InferReport:
     settings, sink = job.settings, job.sink
     devices = devices_of(settings)
     entries = job.source.count()
-    try:
+    with told(f"{job.skipped.parent}: cannot be written"):
         job.skipped.parent.mkdir(parents=True, exist_ok=True)
         files = [TemporaryFile(dir=job.skipped.parent) for _ in range(2)]  # noqa: SIM115 - below
-    except OSError as error:
-        raise ConfigError(f"{job.skipped.parent}: cannot be written: {error}") from error
     with files[0], files[1], closing(sink):
         sink.open(lambda: Counter(post.post_id for post in job.source if not isinstance(post, Bad)))
         new, seen = (_LabelledRows(file, job.bundle.labels) for file in files)
@@ -377,10 +375,8 @@ def _record(
 
 def _list_skipped(bad: Sequence[Bad], path: Path) -> None:
     rows = ({"post_id": each.post_id, "reason": each.reason} for each in bad)
-    try:
+    with told(f"{path}: cannot be written"):
         if bad:
             write_whole(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
         else:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError, told
 from common.files import write_whole
 from common.progress import track
 from config.settings import InferSettings
@@ -46,14 +46,12 @@ def write_thresholds(folder: Path, new: Mapping[str, float]) -> str:
     """
     about, path = read_about(folder), folder.resolve() / ABOUT
     version = later_version(about.version, about.version.rpartition("-")[2])
-    try:
+    with told(f"{folder}: the bundle cannot be written"):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         content["version"] = version
         content["thresholds"] = [round(value, 6) for value in new.values()]
         content["metrics"] = {k: v for k, v in about.metrics.items() if k not in AT_THRESHOLDS}
         write_whole(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    except OSError as error:
-        raise ConfigError(f"{folder}: the bundle cannot be written: {error}") from error
     return version
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import ConfigError
+from common.errors import told
 from fusion.metrics import ranking as metrics
 
 SCORES = "scores.npz"
@@ -52,11 +52,11 @@ class Predictions:
     @classmethod
     def load(cls, path: Path) -> Predictions:
         """Read what `save` wrote; docs/training.md shows users how."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays: dict[str, Any] = {field.name: file[field.name] for field in fields(cls)}
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{path}: cannot be read as scores: {error}") from error
+        with (
+            told(f"{path}: cannot be read as scores", OSError, ValueError, KeyError),
+            np.load(path, allow_pickle=False) as file,
+        ):
+            arrays: dict[str, Any] = {field.name: file[field.name] for field in fields(cls)}
         for key in ("post_ids", "names"):
             arrays[key] = tuple(arrays[key].tolist())
         return cls(**{**arrays, "targets": arrays["targets"].astype(np.bool_)})

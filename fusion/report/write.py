@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import ConfigError
+from common.errors import told
 from common.files import new_folder
 from common.fingerprint import digest
 from common.html import counted, render
@@ -86,11 +86,8 @@ class ReportInput:
 
 def write_report(folder: Path, content: ReportInput, settings: ReportSettings) -> Path:
     """Write the folder, in place of an older one in one step; return the page."""
-    try:
-        with new_folder(folder) as part:
-            _write(part, folder, content, settings)
-    except OSError as error:
-        raise ConfigError(f"{folder}: the report cannot be written: {error}") from error
+    with told(f"{folder}: the report cannot be written"), new_folder(folder) as part:
+        _write(part, folder, content, settings)
     return folder / PAGE
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from common.errors import ConfigError
+from common.errors import ConfigError, replaced
 from common.files import part_of, publish, sync_file
 from common.post_set import PostSet
 from common.pth import load_weights
@@ -102,10 +102,12 @@ def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:
         raise ConfigError(f"{path}: cannot be read as a checkpoint") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ConfigError(f"{path}: is not a checkpoint of {FORMAT}")
-    try:
+    with replaced(
+        ConfigError(f"{path}: is a checkpoint of another release of this program"),
+        KeyError,
+        TypeError,
+    ):
         checkpoint = Checkpoint(**{**content, "progress": Progress(**content["progress"])})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: is a checkpoint of another release of this program") from error
     if checkpoint.signature != wanted_signature:
         raise ConfigError(f"{path}: {difference(checkpoint.signature, wanted_signature)}")
     return checkpoint

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import ConfigError
+from common.errors import ConfigError, told
 from common.files import write_whole
 from common.post_set import PostSet
 from common.progress import notice
@@ -81,8 +81,7 @@ class FoldTraining:
         model = joined(models, self._settings.ensemble.averaging)
         held_out = tuple(scores for fold in folds for scores in fold.held_out)
         if self._valid.posts and not self._settings.ensemble.pool_valid:
-            posts = self._valid.posts
-            held_out = (score_held_out(self._fabric, self._settings, job.prepared, model, posts),)
+            held_out = (score_held_out(job, model, self._valid.posts),)
         return Trained(
             model=model,
             held_out=held_out,
@@ -169,17 +168,13 @@ def _trained_models(job: Job) -> tuple[FusionModel, ...]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with told(f"{path}: cannot be written"):
         write_whole(path, content)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with told(f"{path}: cannot be read", OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold keys and values")
     return content

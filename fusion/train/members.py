@@ -52,6 +52,24 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
+class Job:
+    """Everything that is fixed before a model is made.
+
+    Attributes:
+        settings: All settings; ``trainer.save_dir`` is the folder of the run.
+        signature: Of the checkpoints; see `fusion.train.checkpoint.model_signature`.
+        again: Words of the command, for the report.
+    """
+
+    fabric: Fabric
+    settings: TrainSettings
+    prepared: Prepared
+    signature: str
+    on_validation: OnValidation | None = None
+    again: Sequence[str] = ReportInput.again
+
+
+@dataclass(frozen=True)
 class HeldOutScores:
     """A model's raw scores, float64 ``(posts, classes)``, of posts it was not trained on."""
 
@@ -79,39 +97,35 @@ class Measured:
     seen_posts: int = 0
 
 
-def score_held_out(
-    fabric: Fabric, settings: TrainSettings, prepared: Prepared, model: Served, posts: PostList
-) -> HeldOutScores:
+def score_held_out(job: Job, model: Served, posts: PostList) -> HeldOutScores:
     """Score posts that a model was not trained on; every process does a part of them."""
-    inferer = _inferer(fabric, settings, prepared, model, None)
+    fabric, inferer = job.fabric, _inferer(job, model, None)
     starts = range(0, len(posts), BATCH)
     rank, world = fabric.global_rank, fabric.world_size
 
     def mine() -> dict[int, Scores]:
         found = {}
-        shown = settings.trainer.progress and fabric.is_global_zero
+        shown = job.settings.trainer.progress and fabric.is_global_zero
         with progress_bar("validate", len(starts[rank::world]), enabled=shown) as bar:
             for start in starts[rank::world]:
-                found[start] = inferer.scores(_features(prepared, posts, start))
+                found[start] = inferer.scores(_features(job.prepared, posts, start))
                 bar.advance()
         return found
 
     parts: dict[int, Scores] = {}
     for some in gathered(fabric, all_ranks(fabric, mine)):
         parts |= some
-    empty = np.empty((0, len(prepared.labels)))
+    empty = np.empty((0, len(job.prepared.labels)))
     return HeldOutScores(model, posts, np.concatenate([empty, *(parts[start] for start in starts)]))
 
 
-def measure(
-    settings: TrainSettings, prepared: Prepared, held_out: Sequence[HeldOutScores], *, seen: bool
-) -> Measured:
+def measure(job: Job, held_out: Sequence[HeldOutScores], *, seen: bool) -> Measured:
     """Fit calibration and thresholds, and measure.
 
     Without held-out posts: no calibration, thresholds of 0.5, no metrics. Nothing is fitted to seen
     posts either.
     """
-    classes = len(prepared.labels)
+    settings, classes = job.settings.bundle, len(job.prepared.labels)
     empty, half = np.empty((0, classes)), np.full(classes, 0.5, np.float32)
     raw = np.concatenate([empty, *(part.raw for part in held_out)])
     targets = np.concatenate([empty.astype(np.float32), *(p.posts.targets() for p in held_out)])
@@ -121,13 +135,10 @@ def measure(
         return Measured(
             None, half, metrics.summary(raw, targets), raw, raw, targets, seen_posts=len(raw)
         )
-    calibration = fit_calibration(settings.bundle.calibration, raw, targets)
+    calibration = fit_calibration(settings.calibration, raw, targets)
     scores = calibrated(calibration, raw)
     thresholds = fit_thresholds(
-        scores,
-        targets,
-        min_positives=settings.bundle.min_positives,
-        precision=settings.bundle.precision,
+        scores, targets, min_positives=settings.min_positives, precision=settings.precision
     )
     found = metrics.summary(scores, targets, thresholds)
     return Measured(calibration, thresholds, found, raw, scores, targets)
@@ -139,7 +150,7 @@ def measure_test(
     """Measure posts that chose nothing, with the calibration and thresholds that are served."""
     if not test.posts:
         return None
-    found = score_held_out(job.fabric, job.settings, job.prepared, model, test.posts)
+    found = score_held_out(job, model, test.posts)
     scores, targets = calibrated(measured.calibration, found.raw), test.posts.targets()
     count = len(test.posts)
     return HeldOutFigures(
@@ -150,17 +161,13 @@ def measure_test(
 
 
 def subset_gaps(
-    fabric: Fabric,
-    settings: TrainSettings,
-    prepared: Prepared,
-    held_out: Sequence[HeldOutScores],
-    calibration: Calibration | None,
+    job: Job, held_out: Sequence[HeldOutScores], calibration: Calibration | None
 ) -> list[SubsetGap]:
     """Return the GAP of every subset of the modalities over some of the held-out posts."""
-    total, most = sum(len(part.posts) for part in held_out), settings.report.subset_posts
+    total, most = sum(len(part.posts) for part in held_out), job.settings.report.subset_posts
     if not total or not most:
         return []
-    modalities = {modality_of(stream) for stream in prepared.manifest.dims}
+    modalities = {modality_of(stream) for stream in job.prepared.manifest.dims}
 
     def chunks() -> Iterator[tuple[Inferer, Sequence[Features], Targets]]:
         for part in held_out:
@@ -168,13 +175,13 @@ def subset_gaps(
             if total > most:
                 count = -(-most * len(part.posts) // total)
                 rows = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(np.int64))
-            inferer = _inferer(fabric, settings, prepared, part.model, calibration)
+            inferer = _inferer(job, part.model, calibration)
             chosen = part.posts.take(rows)
             for start in range(0, len(chosen), BATCH):
                 targets = chosen[start : start + BATCH].targets()
-                yield inferer, _features(prepared, chosen, start), targets
+                yield inferer, _features(job.prepared, chosen, start), targets
 
-    with progress_bar("modalities", min(total, most), enabled=settings.trainer.progress) as bar:
+    with progress_bar("modalities", min(total, most), enabled=job.settings.trainer.progress) as bar:
         return measure_subsets(chunks(), modalities, bar.advance)
 
 
@@ -184,41 +191,17 @@ def _features(prepared: Prepared, posts: PostList, start: int) -> list[Features]
     return [read(record.post_id, record.features) for record in map(posts.__getitem__, rows)]
 
 
-def _inferer(
-    fabric: Fabric,
-    settings: TrainSettings,
-    prepared: Prepared,
-    model: Served,
-    calibration: Calibration | None,
-) -> Inferer:
+def _inferer(job: Job, model: Served, calibration: Calibration | None) -> Inferer:
     bundle = Bundle(
         name="",
-        labels=prepared.labels,
-        manifest=prepared.manifest,
-        settings=settings.model,
+        labels=job.prepared.labels,
+        manifest=job.prepared.manifest,
+        settings=job.settings.model,
         model=model.eval(),
-        thresholds=np.full(len(prepared.labels), 0.5, np.float32),
+        thresholds=np.full(len(job.prepared.labels), 0.5, np.float32),
         calibration=calibration,
     )
-    return Inferer(bundle, str(fabric.device), batch_size=BATCH)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that is fixed before a model is made.
-
-    Attributes:
-        settings: All settings; ``trainer.save_dir`` is the folder of the run.
-        signature: Of the checkpoints; see `fusion.train.checkpoint.model_signature`.
-        again: Words of the command, for the report.
-    """
-
-    fabric: Fabric
-    settings: TrainSettings
-    prepared: Prepared
-    signature: str
-    on_validation: OnValidation | None = None
-    again: Sequence[str] = ReportInput.again
+    return Inferer(bundle, str(job.fabric.device), batch_size=BATCH)
 
 
 @dataclass(frozen=True)
@@ -288,7 +271,7 @@ def train_model(
     served = joined(models, settings.ensemble.averaging)
     scores: tuple[HeldOutScores, ...] = ()
     if held_out.posts:
-        scores = (score_held_out(fabric, settings, prepared, served, held_out.posts),)
+        scores = (score_held_out(job, served, held_out.posts),)
     return Trained(
         model=served,
         held_out=scores,

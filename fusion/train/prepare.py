@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning_fabric import Fabric
 
-from common.errors import ConfigError, FeatureError, MediaError
+from common.errors import ConfigError, FeatureError, MediaError, told
 from common.files import write_whole
 from common.post_set import PostSet
 from common.progress import progress_bar
@@ -234,10 +234,8 @@ class Skipped:
 
     def __exit__(self, *_: object) -> None:
         if self._enabled:
-            try:
+            with told(f"{self.path}: cannot be written"):
                 write_whole(self.path, "".join(self._lines).encode("utf-8", "surrogatepass"))
-            except OSError as error:
-                raise ConfigError(f"{self.path}: cannot be written: {error}") from error
 
 
 def _readable(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lightning_fabric import Fabric
 
-from common.errors import ConfigError
+from common.errors import told
 from common.files import part_of
 from fusion.train.checkpoint import LAST
 from fusion.train.distributed import all_ranks
@@ -56,14 +56,10 @@ def link_latest(fabric: Fabric, folder: Path) -> None:
             return
         latest = folder.parent / LATEST
         part = part_of(latest)
-        try:
+        with told(f"trainer.save_dir: {folder.parent} cannot be written"):
             folder.mkdir(parents=True, exist_ok=True)
             part.unlink(missing_ok=True)
             part.symlink_to(folder.name)
             part.replace(latest)
-        except OSError as error:
-            raise ConfigError(
-                f"trainer.save_dir: {folder.parent} cannot be written: {error}"
-            ) from error
 
     all_ranks(fabric, link)

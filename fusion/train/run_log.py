@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import ConfigError
+from common.errors import ConfigError, told
 
 _SCALARS = ("step", "epoch", "valid")
 _PLACES = frozenset({"epoch", "step", "posts"})
@@ -44,25 +44,21 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = self.path.parent / "tensorboard"
-        try:
+        with told(f"{folder}: cannot be written"):
             # Events of the same folder with this step or a later one are hidden by TensorBoard.
             self._writer = SummaryWriter(
                 str(folder), purge_step=done + 1 if done else 0, flush_secs=10
             )
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be written: {error}") from error
 
     def write(self, event: str, **values: Any) -> None:
         """Append one line; numbers of a step or an epoch go to TensorBoard as well."""
         if not self._enabled:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **values})
-        try:
+        with told(f"{self.path}: the log cannot be written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
-        except OSError as error:
-            raise ConfigError(f"{self.path}: the log cannot be written: {error}") from error
         if self._writer is not None and event in _SCALARS and "epoch" in values:
             self._scalars(event, values)
 

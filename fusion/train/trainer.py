@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from common.errors import ConfigError
+from common.errors import ConfigError, told
 from common.post_set import PostSet
 from common.progress import Bar, notice, progress_bar
 from config.train import OptimizerSettings, TrainerSettings
@@ -398,13 +398,11 @@ class Trainer:
                 f"{path}: was saved inside an epoch with {names[differ]} {saved.shape[differ]}, "
                 f"this run has {progress.shape[differ]}"
             )
-        try:
+        with told(f"{path}: its optimizer does not fit this run", ValueError, KeyError):
             optimizer.load_state_dict(checkpoint.optimizer)
             schedule.load_state_dict(checkpoint.schedule)
             if checkpoint.scaler:
                 self._fabric.strategy.precision.load_state_dict(checkpoint.scaler)
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{path}: its optimizer does not fit this run: {error}") from error
         saved.shape = progress.shape
         return saved
 

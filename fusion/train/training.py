@@ -44,11 +44,7 @@ from fusion.train.members import (
     train_model,
 )
 from fusion.train.prepare import HeldOut, Prepared, prepare, rows_learned_from
-from fusion.train.run_folder import (
-    link_latest,
-    located,
-    run_folder,
-)
+from fusion.train.run_folder import link_latest, located, run_folder
 from fusion.train.run_log import read_run
 from fusion.train.trainer import OnValidation
 
@@ -158,7 +154,7 @@ def _train(
         link_latest(fabric, folder)
         seed = seed_of(fabric, settings.trainer, start)
         trained = train_model(job, prepared.posts, held_out, seed=seed, start=start)
-    measured = measure(settings, prepared, trained.held_out, seen=held_out.seen)
+    measured = measure(job, trained.held_out, seen=held_out.seen)
     unseen = HeldOut.of(prepared.test, learned_rows(prepared.test, learned))
     if unseen.note:
         note = unseen.note.replace("validation", "test")
@@ -225,9 +221,7 @@ def _write(
     subsets = []
     # Training posts say which modality's weights know them, not which one tells more of new posts.
     if settings.report.enabled and not measured.seen_posts:
-        subsets = subset_gaps(
-            job.fabric, settings, prepared, trained.held_out, measured.calibration
-        )
+        subsets = subset_gaps(job, trained.held_out, measured.calibration)
     bundle = Bundle(
         name=settings.bundle.name,
         labels=prepared.labels,
@@ -261,20 +255,16 @@ def _write(
     if not settings.report.enabled:
         return version, None
     seconds = time.monotonic() - started
-    facts = _facts(settings, prepared, trained, version=version, seconds=seconds)
-    given = _report(settings, prepared, trained, measured, subsets)
-    given = replace(given, facts=facts, test=test, again=job.again)
+    facts = _facts(job, trained, version=version, seconds=seconds)
+    given = replace(_report(job, trained, measured, subsets), facts=facts, test=test)
     return version, write_report(settings.trainer.save_dir / "report", given, settings.report)
 
 
 def _report(
-    settings: TrainSettings,
-    prepared: Prepared,
-    trained: Trained,
-    measured: Measured,
-    subsets: Sequence[SubsetGap],
+    job: Job, trained: Trained, measured: Measured, subsets: Sequence[SubsetGap]
 ) -> ReportInput:
     """Return the content of the report, but for what is known of the run as a whole."""
+    settings, prepared = job.settings, job.prepared
     places = [(part.posts, row) for part in trained.held_out for row in range(len(part.posts))]
     folder = settings.trainer.save_dir / "report"
     predictions = None
@@ -302,6 +292,7 @@ def _report(
         subsets=subsets,
         calibration="none" if measured.calibration is None else measured.calibration.kind,
         view=partial(_views, settings=settings, folder=folder, places=places),
+        again=job.again,
     )
 
 
@@ -322,10 +313,8 @@ def _subtitle(settings: TrainSettings, held_out: int, *, seen: bool) -> str:
     return f"Measured on {held_out:,} validation posts."
 
 
-def _facts(
-    settings: TrainSettings, prepared: Prepared, trained: Trained, *, version: str, seconds: float
-) -> dict[str, Any]:
-    members = members_of(trained.model)
+def _facts(job: Job, trained: Trained, *, version: str, seconds: float) -> dict[str, Any]:
+    settings, prepared, members = job.settings, job.prepared, members_of(trained.model)
     return {
         "bundle": str(settings.bundle.folder),
         "version": version,

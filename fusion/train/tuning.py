@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
-from common.errors import ConfigError
+from common.errors import ConfigError, replaced
 from common.files import lock_file, write_whole
 from common.progress import progress_bar
 from config.load import parse_overrides, validate
@@ -132,19 +132,16 @@ class Search:
 
     def run(self, trials: int) -> Found:
         """Do trials until there are that many, write ``best.yaml``, return what was found."""
-        try:
+        with replaced(
+            ConfigError("the search needs Optuna, which is not installed: pip install '.[tune]'"),
+            ImportError,
+        ):
             import optuna
             from optuna.storages import JournalStorage
             from optuna.storages.journal import JournalFileBackend
-        except ImportError as error:
-            raise ConfigError(
-                "the search needs Optuna, which is not installed: pip install '.[tune]'"
-            ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
+        with replaced(ConfigError(f"--out: another search runs in {self._folder}"), TimeoutError):
             lock = lock_file(self._folder / "lock")
-        except TimeoutError as error:
-            raise ConfigError(f"--out: another search runs in {self._folder}") from error
         with lock:
             file = self._folder / "trials.log"
             study = optuna.create_study(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from common.cli import argument, flag, print_json, say
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError, told
 from common.tables import print_table
 from config.settings import FusionSettings
 from fusion.bundle.about import read_about
@@ -246,15 +246,12 @@ def _end_trial(target: Path) -> None:
         say(f"there is no bundle on trial in {target}\n")
         return
     hidden = target.resolve().with_name(f".{target.name}.off")
-    try:
-        with replacing(target):
-            shutil.rmtree(hidden, ignore_errors=True)
-            target.resolve().rename(hidden)  # in one step: the daemon sees no half of it
-            shutil.rmtree(hidden)
-            if target.is_symlink():
-                target.unlink()
-    except BundleError as error:
-        raise ConfigError(f"bundle shadow: {error}") from error
+    with told("bundle shadow", BundleError), replacing(target):
+        shutil.rmtree(hidden, ignore_errors=True)
+        target.resolve().rename(hidden)  # in one step: the daemon sees no half of it
+        shutil.rmtree(hidden)
+        if target.is_symlink():
+            target.unlink()
     say(f"{target}: the trial has ended\n")
 
 
@@ -272,10 +269,8 @@ def _put(
     refuse_foreign(target.resolve(), "fusion.bundle" if keep else "fusion.shadow")
     if not other:
         _check_features(command, bundle, fusion)
-    try:
+    with told(f"bundle {command}", BundleError):
         done = put_bundle(bundle.folder, target, anew=anew, keep=keep)
-    except BundleError as error:
-        raise ConfigError(f"bundle {command}: {error}") from error
     if done.kept is not None:
         say(f"kept {done.before} in {done.kept}\n")
     return done
@@ -313,10 +308,8 @@ def _states(fusion: FusionSettings) -> dict[Path, str]:
 
 
 def _read(command: str, folder: Path) -> BundleFiles:
-    try:
+    with told(f"bundle {command}", BundleError):
         return BundleFiles.read(folder)
-    except BundleError as error:
-        raise ConfigError(f"bundle {command}: {error}") from error
 
 
 def _say_version(retag: str, bundle: BundleFiles, done: Replaced) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from common.cli import argument, option, print_json, say
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError, told
 from common.tables import print_table
 from config.settings import Settings
 from fusion.bundle.folder import newest_version, shadow_folder
@@ -167,10 +167,8 @@ def _of_bundles(
 
     bundles = []
     for folder in pair:
-        try:
+        with told("bundle compare", BundleError):
             bundles.append(load_bundle(folder))
-        except BundleError as error:
-            raise ConfigError(f"bundle compare: {error}") from error
     inferers, files = [Inferer(bundle) for bundle in bundles], FeatureFiles(features)
     agreement = Agreement(*(bundle.labels.names for bundle in bundles))
     records = (record_of(e.value, e.where, data) for e in islice(entries(data), limit))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from common.cli import option, say
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError, told
 from scripts.commands.common import Config, Overrides, settings_of
 
 if TYPE_CHECKING:
@@ -56,10 +56,8 @@ def export(  # noqa: PLR0917  typer calls it by names
 def _load(folder: Path) -> Bundle:
     from fusion.bundle.bundle import load_bundle
 
-    try:
+    with told("--bundle", BundleError):
         return load_bundle(folder)
-    except BundleError as error:
-        raise ConfigError(f"--bundle: {error}") from error
 
 
 def _backbone(name: Backbone, features: FeatureSettings, bundle: Path | None) -> Graph:

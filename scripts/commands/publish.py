@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from common.cli import complain, flag, option, print_json, say
-from common.errors import ConfigError, MessageError, StoreUnavailable
+from common.errors import ConfigError, MessageError, StoreUnavailable, told
 from config.settings import Settings
 from scripts.commands.common import (
     AsJson,
@@ -182,10 +182,8 @@ def _checked(post_id: str) -> PostMessage:
     """Check an ID as the daemon will read it."""
     from king.messages import PostMessage, parse_message
 
-    try:
+    with told(f"publish: {post_id!r:.80}", MessageError, UnicodeEncodeError):
         return parse_message(PostMessage(post_id).encode())
-    except (MessageError, UnicodeEncodeError) as error:
-        raise ConfigError(f"publish: {post_id!r:.80}: {error}") from error
 
 
 def _once(messages: Iterable[PostMessage]) -> dict[str, PostMessage]:

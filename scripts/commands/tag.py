@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from common.cli import argument, complain, flag, option, print_json, say
-from common.errors import ConfigError, path_error
+from common.errors import ConfigError, path_error, replaced
 from common.post import MEDIA_KINDS, Post
 from common.progress import notice, track
 from common.tables import print_table
@@ -121,10 +121,10 @@ def _written(
     except OSError as error:
         raise path_error(f"--out {out}", error) from error
     with file:
-        try:
+        with replaced(
+            ConfigError(f"--out {out}: is being written by another run"), BlockingIOError
+        ):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"--out {out}: is being written by another run") from error
         if restart:
             file.truncate(0)
         earlier = _earlier(file, out, runner.bundle or ("", ""), rules)
@@ -153,14 +153,15 @@ def _earlier(
     for number, line in enumerate(file, 1):
         if not line.endswith(b"\n"):
             break
-        try:
+        with replaced(
+            ConfigError(f"--out {out}: line {number}: is not a result of insighttag tag: {anew}"),
+            ValueError,
+            KeyError,
+            TypeError,
+        ):
             result = json.loads(line)
             made_by = result["model"], result["version"]
             found[result["post_id"]] = result
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"--out {out}: line {number}: is not a result of insighttag tag: {anew}"
-            ) from error
         if made_by != bundle:
             raise ConfigError(
                 f"--out {out}: line {number}: is by the bundle {' '.join(map(str, made_by))}, this "

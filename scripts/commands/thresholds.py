@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from common.cli import argument, option, print_json, say
-from common.errors import ConfigError, one_line, path_error
+from common.errors import ConfigError, one_line, path_error, told
 from common.files import write_whole
 from common.progress import notice
 from common.tables import print_table
@@ -158,10 +158,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"--file {path}: is not UTF-8: {one_line(error)}") from error
     if path.suffix.lower() == ".csv":
         return _from_csv(text, path)
-    try:
+    with told(f"--file {path}: not JSON", ValueError):
         content = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--file {path}: not JSON: {one_line(error)}") from error
     if isinstance(content, dict) and isinstance(content.get("thresholds"), dict):
         content = content["thresholds"]  # as --json prints them
     if not isinstance(content, dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import flag, option, print_json, say
-from common.errors import ConfigError
+from common.errors import ConfigError, replaced
 from common.files import locked
 from common.logs import configure_logs
 from common.progress import notice, progress_bar
@@ -96,10 +96,10 @@ def _tune(settings: Settings, host: Host, mix: Mix, seconds: float) -> Tuning:
 
     file = Path(settings.workers.host_file or "")
     with ExitStack() as stack:
-        try:
+        with replaced(
+            ConfigError("another tune-host runs here, and shares the cores"), TimeoutError
+        ):
             stack.enter_context(locked(file.with_name(f".{file.name}.tuning")))
-        except TimeoutError as error:
-            raise ConfigError("another tune-host runs here, and shares the cores") from error
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tune-host-")))
         bar = stack.enter_context(progress_bar("tune-host", steps(host)))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from common.cli import argument, complain, option, say
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError, told
 from common.fingerprint import mismatch
 from common.post import TEXT_STREAMS, Stream
 from config.features import ExtractorName
@@ -90,10 +90,8 @@ def add_tags(
     from fusion.bundle.bundle import load_bundle
     from fusion.bundle.tag_vectors import text_streams, with_tags
 
-    try:
+    with told("bundle add-tags", BundleError):
         bundle = load_bundle(folder)
-    except BundleError as error:
-        raise ConfigError(f"bundle add-tags: {error}") from error
     streams = text_streams(bundle, str(folder))
     rows, manifest = _embedded(texts, settings, device, streams)
     needed = {stream: bundle.manifest.fingerprints[stream] for stream in streams}
