@@ -60,7 +60,8 @@ def train(
         if not isinstance(count, int) or count < least:
             raise ConfigError(f"{name}: must be a whole number, at least {least}: got {count!r}")
     from config.load import nested
-    from scripts.commands.train import Options, train_own
+    from corpus.from_files.options import Options
+    from scripts.commands.train import train_own
 
     options = Options(
         posts=path_of(posts, "posts"),

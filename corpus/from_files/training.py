@@ -38,6 +38,7 @@ from corpus.build.label_map import count_labels, order_labels
 from corpus.extract.options import parse
 from corpus.extract.run import extract
 from corpus.extract.work import Kind
+from corpus.from_files.options import Options
 from corpus.from_files.posts import LABELS, PostEntry, read_own_posts
 from corpus.records import AtomicLines
 from corpus.runs import only_one
@@ -55,161 +56,106 @@ _START_S = 10
 """Of the processes of one modality, on two cores; only the estimate counts with it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class OwnTraining:
-    """What to train on and how.
+    """What is asked for, settings of the extractors, and nested values of the training."""
 
-    Attributes:
-        source: Folder, table or file of posts; `labels` as in `read_own_posts`.
-        out: The folder that everything is written to.
-        settings: Of the extractors.
-        training: Values over the defaults of `TrainSettings`, nested.
-        valid: Share of the posts that chooses epoch and thresholds; `test` is only measured on.
-        min_posts: Tags with fewer are left out.
-        skip_bad: Posts with mistakes are left out and listed.
-    """
-
-    source: Path
-    labels: Path | None
-    out: Path
+    asked: Options
     settings: Settings
     training: Mapping[str, Any]
-    valid: float = 0.1
-    test: float = 0.1
-    seed: int = 0
-    min_posts: int = 1
-    skip_bad: bool = False
 
     def begun(self) -> dict[str, Any]:
         """Return what a later run into the same folder must have, too."""
-        labels = self.labels
-        if labels is None and self.source.is_dir() and (self.source / LABELS).is_file():
-            labels = self.source / LABELS
+        options, labels, source = self.asked, self.asked.labels, self.asked.source
+        if labels is None and source.is_dir() and (source / LABELS).is_file():
+            labels = source / LABELS
         return {
-            "POSTS": str(self.source.absolute()),
+            "POSTS": str(source.absolute()),
             "--labels": None if labels is None else str(labels.absolute()),
-            "content": _digest_of(self.source, labels),
-            "--valid": self.valid,
-            "--test": self.test,
-            "--seed": self.seed,
-            "--min-posts": self.min_posts,
-            "--skip-bad": self.skip_bad,
+            "content": _digest_of(source, labels),
+            "--valid": options.valid,
+            "--test": options.test,
+            "--seed": options.seed,
+            "--min-posts": options.min_posts,
+            "--skip-bad": options.skip_bad,
             "features": self.settings.features.model_dump(mode="json"),
             "decode": self.settings.decode.model_dump(mode="json"),
             **json.loads(json.dumps(self.training)),
         }
 
 
-@dataclass(frozen=True)
 class TrainingFolder:
-    """The files of a training on one's own posts."""
+    """The files of a training on one's own posts.
 
-    root: Path
+    Attributes:
+        begun: The settings of the run, which the next one must have too.
+        media: Digests of the media, so that copies stay on one side of the split.
+        settings: Of the extractors and the bundle, for serving.
+        metrics: Figures of the validation posts.
+    """
 
-    @property
-    def begun(self) -> Path:
-        """Return the settings of the run, which the next one must have too."""
-        return self.root / "run.json"
-
-    @property
-    def posts(self) -> Path:
-        return self.root / "posts.jsonl"
-
-    @property
-    def media(self) -> Path:
-        """Return the digests of the media, so that copies stay on one side of the split."""
-        return self.root / "media.jsonl"
-
-    @property
-    def rejected(self) -> Path:
-        return self.root / "posts.rejected.jsonl"
-
-    @property
-    def labels(self) -> Path:
-        return self.root / "labels.json"
-
-    @property
-    def settings(self) -> Path:
-        """Return the settings of the extractors and the bundle, for serving."""
-        return self.root / "settings.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """Return the figures of the validation posts."""
-        return self.root / "metrics.json"
-
-    @property
-    def features(self) -> Path:
-        return self.root / "features"
-
-    @property
-    def runs(self) -> Path:
-        return self.root / "train"
-
-    @property
-    def bundle(self) -> Path:
-        return self.root / "bundle"
-
-    @property
-    def report(self) -> Path:
-        return self.runs / "latest" / "report" / "report.html"
+    def __init__(self, root: Path) -> None:
+        self.root, self.begun = root, root / "run.json"
+        self.posts, self.rejected = root / "posts.jsonl", root / "posts.rejected.jsonl"
+        self.media, self.labels = root / "media.jsonl", root / "labels.json"
+        self.settings, self.metrics = root / "settings.yaml", root / "metrics.json"
+        self.features, self.runs, self.bundle = root / "features", root / "train", root / "bundle"
+        self.report = self.runs / "latest" / "report" / "report.html"
 
     def side(self, name: str, folder: str = "data") -> Path | None:
         """Return the data file of a side of the split; None where it has no posts."""
         return next(iter(sorted((self.root / folder).glob(f"{name}_cls*.json"))), None)
 
 
-def train_own_posts(plan: OwnTraining, *, restart: bool = False) -> TrainingFolder:
+def train_own_posts(plan: OwnTraining) -> TrainingFolder:
     """Train on posts in files; return the folder with bundle and report.
 
-    Args:
-        plan: What to train on.
-        restart: Start over; features that fit are kept.
+    With ``restart`` it starts over; features that fit are kept.
 
     Raises:
         ConfigError: The posts or settings are wrong, or the folder was started with others.
     """
-    folder = TrainingFolder(plan.out)
-    with only_one(plan.out / ".lock", str(plan.out)):
-        inputs = _begin(plan, folder, restart=restart)
+    folder = TrainingFolder(plan.asked.out)
+    with only_one(plan.asked.out / ".lock", str(plan.asked.out)):
+        inputs = _begin(plan, folder)
 
         def stage(name: str, outputs: Sequence[Path], work: Callable[[], None]) -> None:
-            run_stage(plan.out / "stamps" / name, inputs, tuple(outputs), work)
+            run_stage(plan.asked.out / "stamps" / name, inputs, tuple(outputs), work)
 
         stage("posts", [folder.posts, folder.media], partial(_write_posts, plan, folder))
         contents = _contents(folder.posts)
         stage("labels", [folder.labels], partial(_write_labels, plan, folder))
         for line in advice(contents, count_labels([folder.posts])[0]):
             notice(line)
-        split = plan.out / "split" / "split.jsonl"
+        split = plan.asked.out / "split" / "split.jsonl"
         stage("split", [split], partial(_split, plan, folder))
         settings = _with_encoders(plan, folder, contents, stage)
         _write_settings(settings, folder)
         kinds = _kinds(settings, contents)
         stage("features", [folder.features], partial(_extract, settings, folder, kinds))
-        stage("data", [plan.out / "data"], partial(_build, folder, split))
+        stage("data", [plan.asked.out / "data"], partial(_build, folder, split))
         stage("training", [folder.bundle], partial(_train, plan, settings, folder))
     return folder
 
 
-def _begin(plan: OwnTraining, folder: TrainingFolder, *, restart: bool) -> str:
+def _begin(plan: OwnTraining, folder: TrainingFolder) -> str:
     """Record the settings of a new folder, or refuse one with others; return their digest."""
     now = plan.begun()
-    if restart:
-        for stamp in (plan.out / "stamps").glob("*"):
+    if plan.asked.restart:
+        for stamp in (plan.asked.out / "stamps").glob("*"):
             stamp.unlink()
-        for latest in plan.out.glob("**/latest"):  # of trainings, which must not go on
+        for latest in plan.asked.out.glob("**/latest"):  # of trainings, which must not go on
             latest.unlink()
-    elif (plan.out / "stamps" / "posts").exists():  # before, there is nothing to go on with
+    elif (plan.asked.out / "stamps" / "posts").exists():  # before, there is nothing to go on with
         with replaced(
             ConfigError(f"{folder.begun}: broken: --restart starts over"), OSError, ValueError
         ):
             was = json.loads(folder.begun.read_text(encoding="utf-8"))
         _refuse_other(plan, was, now)
-    elif not folder.begun.exists() and any(p.name != ".lock" for p in plan.out.iterdir()):
+    elif not folder.begun.exists() and any(p.name != ".lock" for p in plan.asked.out.iterdir()):
         raise ConfigError(
-            f"--out {plan.out}: holds files that insighttag train has not written: name another, "
-            "which need not exist"
+            f"--out {plan.asked.out}: holds files that insighttag train has not written: name "
+            "another, which need not exist"
         )
     write_whole(folder.begun, json.dumps(now, ensure_ascii=False, indent=2))
     return str(digest(now))
@@ -224,10 +170,11 @@ def _refuse_other(plan: OwnTraining, was: Mapping[str, Any], now: Mapping[str, A
     if key == "content":
         labels = f" or {now['--labels']}" if now["--labels"] else ""
         raise ConfigError(
-            f"{plan.source}{labels}: has changed since --out {plan.out} was started: {anew}"
+            f"{plan.asked.source}{labels}: has changed since --out {plan.asked.out} was started: "
+            f"{anew}"
         )
     raise ConfigError(
-        f"--out {plan.out}: was started with {key} {_shown(before.get(key))}, this run has "
+        f"--out {plan.asked.out}: was started with {key} {_shown(before.get(key))}, this run has "
         f"{_shown(after.get(key))}: name another --out, or {anew}"
     )
 
@@ -261,7 +208,7 @@ def _write_posts(plan: OwnTraining, folder: TrainingFolder) -> None:
     mistakes: list[str] = []
 
     def refuse(mistake: ConfigError) -> None:
-        if not plan.skip_bad:
+        if not plan.asked.skip_bad:
             raise ConfigError(f"{mistake} (--skip-bad leaves out what cannot be used)")
         mistakes.append(str(mistake))
 
@@ -271,14 +218,14 @@ def _write_posts(plan: OwnTraining, folder: TrainingFolder) -> None:
         AtomicLines(folder.media) as media,
         progress_bar("posts", None) as bar,
     ):
-        for entry in read_own_posts(plan.source, plan.labels, refuse):
+        for entry in read_own_posts(plan.asked.source, plan.asked.labels, refuse):
             labelled += bool(entry["labels"])
             posts.write(json.dumps(entry, ensure_ascii=False))
             for line in _identities(entry):
                 media.write(json.dumps(line, ensure_ascii=False))
             bar.advance()
         if not labelled:
-            raise ConfigError(f"{plan.source}: no post has labels: {_way_to_labels(plan)}")
+            raise ConfigError(f"{plan.asked.source}: no post has labels: {_way_to_labels(plan)}")
     if mistakes:
         lines = "\n".join(json.dumps({"reason": each}, ensure_ascii=False) for each in mistakes)
         write_whole(folder.rejected, lines)
@@ -286,10 +233,10 @@ def _write_posts(plan: OwnTraining, folder: TrainingFolder) -> None:
 
 
 def _way_to_labels(plan: OwnTraining) -> str:
-    if not plan.source.is_dir():
+    if not plan.asked.source.is_dir():
         return "fill its column or key labels"
-    if plan.labels is not None:
-        return f"fill the column labels of {plan.labels}"
+    if plan.asked.labels is not None:
+        return f"fill the column labels of {plan.asked.labels}"
     return f"--labels names a table with the columns file,labels; or put it there as {LABELS}"
 
 
@@ -345,7 +292,7 @@ def advice(contents: Mapping[str, int], tags: Mapping[str, int]) -> list[str]:
 
 def _write_labels(plan: OwnTraining, folder: TrainingFolder) -> None:
     counts, _, _ = count_labels([folder.posts])
-    labels = order_labels(counts, plan.min_posts)
+    labels = order_labels(counts, plan.asked.min_posts)
     write_whole(folder.labels, json.dumps(labels.as_json(), ensure_ascii=False, indent=2))
 
 
@@ -356,9 +303,9 @@ def _split(plan: OwnTraining, folder: TrainingFolder) -> None:
             features=None,
             labels=folder.labels,
             out=folder.root / "split",
-            valid=plan.valid,
-            test=plan.test,
-            seed=plan.seed,
+            valid=plan.asked.valid,
+            test=plan.asked.test,
+            seed=plan.asked.seed,
             manifest=folder.media,
             unknown="skip_tag",
             modalities=[],
@@ -540,12 +487,12 @@ def _train(plan: OwnTraining, settings: Settings, folder: TrainingFolder) -> Non
     from fusion.train.training import train
 
     train_settings = training_settings(plan, settings, folder)
-    labels = [] if plan.labels is None else ["--labels", str(plan.labels)]
+    labels = [] if plan.asked.labels is None else ["--labels", str(plan.asked.labels)]
     report = train(
         train_settings,
         FeatureFiles(folder.features),
         resume=_resumable(folder.runs),
-        again=["insighttag", "train", str(plan.source), *labels, "--out", "ANOTHER_FOLDER"],
+        again=["insighttag", "train", str(plan.asked.source), *labels, "--out", "ANOTHER_FOLDER"],
     )
     write_whole(folder.metrics, json.dumps(dict(report.metrics), indent=2))
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from common.cli import JsonReport, Script, argument, flag, json_report, option, say
+from common.cli import Script, json_report, say
 from common.errors import ConfigError
 from common.logs import configure_logs
 from config.load import DEFAULT_CONFIG, did_you_mean, parse_overrides, settings_with
 from config.presets import Preset, merge
 from config.settings import InferSettings, Settings
 from config.train import TrainSettings
-from scripts.commands.common import Config
+from corpus.from_files.options import Options
 
 if TYPE_CHECKING:
     from corpus.from_files.training import TrainingFolder
@@ -23,58 +23,6 @@ if TYPE_CHECKING:
 
 # Of the training alone; data, save_dir and the like are the command's own.
 _TRAINING = set(TrainSettings.model_fields) - {"task", "data"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The command line, and the arguments of `insighttag.train`."""
-
-    posts: Annotated[
-        Path | None,
-        argument(
-            "A folder of pictures, videos and sounds; or posts as .csv, .jsonl or .json.", "POSTS"
-        ),
-    ] = None
-    named_posts: Annotated[Path | None, option("The same, as an option.", "POSTS", "--posts")] = (
-        None
-    )
-    out: Annotated[Path, option("Takes bundle, report and the rest.", "FOLDER")]
-    labels: Annotated[
-        Path | None,
-        option("Of a folder: columns file,labels; several are separated by ; or |.", "F.csv"),
-    ] = None
-    preset: Annotated[Preset | None, option("The encoders; small unless --config names some.")] = (
-        None
-    )
-    valid: Annotated[float, option("Share of the posts that chooses thresholds.")] = 0.1
-    test: Annotated[float, option("Share of the posts that is only measured on.")] = 0.1
-    seed: Annotated[int, option("Of the split.", min=0)] = 0
-    min_posts: Annotated[int, option("Leave out tags with fewer posts.", min=1)] = 1
-    skip_bad: Annotated[
-        bool, flag("--skip-bad", "Leave out posts with mistakes, and list them.")
-    ] = False
-    restart: Annotated[bool, flag("--restart", "Start over in the folder of an earlier run.")] = (
-        False
-    )
-    as_json: JsonReport = False
-    config: Config = None
-    overrides: Annotated[
-        list[str] | None,
-        option(
-            "A setting of the extractors (features.image.image_size=160) or of the training "
-            "(trainer.epochs=5); repeatable.",
-            "a.b=c",
-            "--set",
-        ),
-    ] = None
-
-    @property
-    def source(self) -> Path:
-        """Return the posts, which must be named once."""
-        source = self.posts or self.named_posts
-        if source is None or (self.posts and self.named_posts):
-            raise ConfigError("name the posts once: insighttag train POSTS --out FOLDER")
-        return source
 
 
 def _run(options: Options) -> None:
@@ -130,22 +78,10 @@ def train_own(
     """
     from corpus.from_files.training import OwnTraining, train_own_posts
 
-    source = options.source
+    _ = options.source  # a mistake there is told before those of the settings
     settings, training = _settings_of(options.config, options.preset, values, origin)
     configure(settings)
-    plan = OwnTraining(
-        source=source,
-        labels=options.labels,
-        out=options.out,
-        settings=settings,
-        training=training,
-        valid=options.valid,
-        test=options.test,
-        seed=options.seed,
-        min_posts=options.min_posts,
-        skip_bad=options.skip_bad,
-    )
-    folder = train_own_posts(plan, restart=options.restart)
+    folder = train_own_posts(OwnTraining(options, settings, training))
     side = folder.side("test")
     return folder, _measure(side, folder) if side is not None else None
 
