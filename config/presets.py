@@ -107,6 +107,16 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= (
+            flat(value, f"{at}{key}.") if isinstance(value, Mapping) else {f"{at}{key}": value}
+        )
+    return result
+
+
 def with_preset(features: Any) -> Any:
     """Return the values of ``features`` with those of their preset written out beneath them."""
     chosen = features.get("preset") if isinstance(features, Mapping) else None

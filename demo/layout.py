@@ -9,32 +9,16 @@ from pathlib import Path
 from demo.posts.plan import DATA_FILE, Split
 
 
-@dataclass(frozen=True)
 class Layout:
-    """The folders and files under ``workshop/demo``."""
+    """The folders and files under ``workshop/demo``; ``training`` has checkpoints and logs."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root, self.features, self.training = root, root / "features", root / "training"
+        self.daemon_log, self.report = root / "daemon.log", root / "report.json"
 
     def posts(self, split: Split) -> Path:
         """Return the data file of a split, as it was made."""
         return self.root / "posts" / split / DATA_FILE
-
-    @property
-    def features(self) -> Path:
-        return self.root / "features"
-
-    @property
-    def training(self) -> Path:
-        """Return the folder of checkpoints and logs of the trainings."""
-        return self.root / "training"
-
-    @property
-    def daemon_log(self) -> Path:
-        return self.root / "daemon.log"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.json"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from common.progress import notice, progress_bar
 from common.stages import run_stage
 from common.urls import is_url
 from config.load import CONFIGS, read_yaml, validate
-from config.presets import TRAINED, merge
+from config.presets import TRAINED, flat, merge
 from config.settings import Settings
 from config.train import BackboneTrainSettings, TrainSettings
 from corpus.build.command import Options as BuildOptions
@@ -162,7 +162,7 @@ def _begin(plan: OwnTraining, folder: TrainingFolder) -> str:
 
 
 def _refuse_other(plan: OwnTraining, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, after = dict(_flat(was)), dict(_flat(now))
+    before, after = flat(was), flat(now)
     key = next((k for k in {**before, **after} if before.get(k) != after.get(k)), None)
     if key is None:
         return
@@ -177,14 +177,6 @@ def _refuse_other(plan: OwnTraining, was: Mapping[str, Any], now: Mapping[str, A
         f"--out {plan.asked.out}: was started with {key} {_shown(before.get(key))}, this run has "
         f"{_shown(after.get(key))}: name another --out, or {anew}"
     )
-
-
-def _flat(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{at}{key}.")
-        else:
-            yield f"{at}{key}", value
 
 
 def _shown(value: object) -> str:

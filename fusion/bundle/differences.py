@@ -11,6 +11,7 @@ from common.errors import BundleError, one_line
 from common.fingerprint import differing
 from common.post import Stream
 from config.labels import LabelMap
+from config.presets import flat
 from fusion.bundle.about import About, check_files, read_about
 from fusion.bundle.folder import made_at
 
@@ -61,7 +62,7 @@ class BundleFiles:
             "seen_posts": about.seen_posts,
             "subsets": dict(about.subsets),
             "thresholds": dict(zip(self.labels.names, about.thresholds, strict=True)),
-            "settings": _flat(about.model.model_dump(mode="json")),
+            "settings": flat(about.model.model_dump(mode="json")),
             "bytes": sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()),
         }
 
@@ -123,7 +124,7 @@ def differences(one: BundleFiles, other: BundleFiles) -> dict[str, Any]:
             "image_as_frames": each.about.image_as_frames,
             "ocr_mode": each.about.ocr_mode,
             "calibration": each.about.calibration and each.about.calibration.kind,
-            **_flat(each.about.model.model_dump(mode="json"), "model."),
+            **flat(each.about.model.model_dump(mode="json"), "model."),
         }
         for each in (one, other)
     ]
@@ -149,14 +150,3 @@ def _weights(about: About) -> tuple[str, ...]:
 def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
     keys = dict.fromkeys([*one, *other])
     return {k: [one.get(k), other.get(k)] for k in keys if one.get(k) != other.get(k)}
-
-
-def _flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{at}{key}.")
-        else:
-            flat[f"{at}{key}"] = value
-    return flat

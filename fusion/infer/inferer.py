@@ -12,7 +12,6 @@ import torch
 from common.errors import FeatureError
 from common.post import Features, Modality, NearMiss, Stream, Tag, TagResult, Tags
 from common.precision import require_device, set_threads
-from config.labels import LabelMap
 from config.settings import InferSettings
 from config.tag_rules import TagRules
 from fusion.bundle.bundle import Bundle, load_bundle
@@ -28,7 +27,7 @@ _TINY = 1e-9  # thresholds of 0 are always reached
 
 
 class Inferer:
-    """One loaded bundle.
+    """One loaded bundle; ``rules`` is the digest of the rules of serving.
 
     On a CPU it computes in float32, and a post's scores do not depend on its neighbours
     (within 1e-5).
@@ -42,8 +41,11 @@ class Inferer:
         batch_size: int = 64,
         rules: TagRules | None = None,
     ) -> None:
-        self.bundle = bundle
+        self.bundle, self.labels = bundle, bundle.labels
+        self.name, self.version = bundle.name, bundle.version
+        self.image_as_frames = bundle.manifest.image_as_frames
         self._chooser = TagChooser(bundle, rules or TagRules())
+        self.rules = self._chooser.digest
         self._device = require_device(device)
         self._batch_size = batch_size
         self._schema = bundle.schema
@@ -65,30 +67,9 @@ class Inferer:
         return cls(load_bundle(bundle), device, batch_size=batch_size, rules=rules)
 
     @property
-    def name(self) -> str:
-        return self.bundle.name
-
-    @property
-    def version(self) -> str:
-        return self.bundle.version
-
-    @property
-    def rules(self) -> str | None:
-        """Return the digest of the rules of serving."""
-        return self._chooser.digest
-
-    @property
-    def labels(self) -> LabelMap:
-        return self.bundle.labels
-
-    @property
     def fingerprints(self) -> dict[Stream, str]:
         """Return the fingerprints of the extractors whose features it takes, by stream."""
         return dict(self.bundle.manifest.fingerprints)
-
-    @property
-    def image_as_frames(self) -> bool:
-        return self.bundle.manifest.image_as_frames
 
     def predict(
         self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
@@ -196,10 +177,7 @@ class FeatureTagger:
         self._inferer = Inferer.load(
             settings.bundle, device=device, batch_size=settings.batch_size, rules=rules
         )
-
-    @property
-    def bundle(self) -> Bundle:
-        return self._inferer.bundle
+        self.bundle = self._inferer.bundle
 
     def run(self, posts: Sequence[Record]) -> list[Outcome]:
         """Return the posts' tags, and `Bad` for those whose features cannot be used."""

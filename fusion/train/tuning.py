@@ -21,7 +21,7 @@ import yaml
 from common.errors import ConfigError, replaced
 from common.files import lock_file, write_whole
 from common.progress import progress_bar
-from config.load import parse_overrides, validate
+from config.load import nested, validate
 from config.presets import merge
 from config.train import TrainSettings
 
@@ -122,7 +122,9 @@ class Search:
         self._base = settings = validate(TrainSettings, config, "--model_config")
         for one in ranges:
             for value in one.ends():
-                validate(TrainSettings, merge(config, _nested({one.key: value})), "--search")
+                validate(
+                    TrainSettings, merge(config, nested({one.key: value}, "--search")), "--search"
+                )
         if settings.trainer.processes > 1 or (settings.trainer.n_gpu or 0) > 1:
             raise ConfigError("trainer.processes, trainer.n_gpu: a trial trains in one process")
         if settings.data.valid is None and not settings.ensemble.folds:
@@ -207,7 +209,9 @@ class Search:
             "report": {"enabled": False},
         }
         settings = validate(
-            TrainSettings, merge(self._config, _nested(values), own), f"trial {trial.number}"
+            TrainSettings,
+            merge(self._config, nested(values, "--search"), own),
+            f"trial {trial.number}",
         )
         try:
             report = train(settings, FeatureFiles(), on_validation=partial(_watch, trial))
@@ -234,7 +238,9 @@ class Search:
         best = max(complete, key=lambda trial: trial.value or 0.0)
         values = self._values(best)
         file = self._folder / "best.yaml"
-        content = json.loads(json.dumps(merge(self._config, _nested(values)), default=str))
+        content = json.loads(
+            json.dumps(merge(self._config, nested(values, "--search")), default=str)
+        )
         about = f"# The best of {len(complete)} whole trials: GAP {best.value:.4f}\n"
         write_whole(file, about + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         rows = [
@@ -270,8 +276,3 @@ def _last(trial: FrozenTrial) -> float | None:
 def _note(study: Study) -> str:
     values = [trial.value for trial in study.trials if trial.value is not None]
     return f"best gap {max(values):.4f}" if values else ""
-
-
-def _nested(values: Mapping[str, Value]) -> dict[str, Any]:
-    """Return ``{"a.b": c}`` as ``{"a": {"b": c}}``."""
-    return parse_overrides(f"{key}={json.dumps(value)}" for key, value in values.items())

@@ -6,14 +6,14 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.cli import say
-from common.errors import ConfigError
+from common.errors import ConfigError, TaggingError, one_line
 from common.logs import visible
 from common.post import Post
 from common.post_set import PostSet
@@ -27,7 +27,16 @@ from fusion.data.dataset import FeatureFiles
 from fusion.infer.inference import InferReport, Input, Job, infer, read_record, shown
 from fusion.infer.inferer import FeatureTagger, has_seen
 from fusion.infer.options import InferOptions, bundle_of, run_settings, with_bundle
-from fusion.infer.outputs import CsvTable, FileSink, JsonLines, Sink, StreamSink
+from fusion.infer.outputs import (
+    Bad,
+    CsvTable,
+    FileSink,
+    JsonLines,
+    Outcome,
+    Result,
+    Sink,
+    StreamSink,
+)
 
 
 def run(settings: InferSettings | Settings, options: InferOptions) -> InferReport:
@@ -56,7 +65,6 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
     else:
         from common.logs import configure_logs
         from extractors.learned import learned_from
-        from scripts.inference.raw_media import RawTagger
 
         if posts.suffix == ".txt":
             raise ConfigError(f"{posts}: names no media: raw media take .json or .jsonl")
@@ -85,6 +93,34 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
         skipped=skipped,
         seen=seen,
     )
+
+
+class RawTagger:
+    """A `fusion.infer.inference.Tagger` of posts with raw media.
+
+    It runs on the device of the settings where they name no GPUs for the inference.
+    """
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        chosen = device if settings.infer.n_gpus is not None else None
+        from workers.local import local_runner
+
+        self._runner = local_runner(settings, device=chosen)
+        self._runner.start()
+
+    def run(self, posts: Sequence[Post]) -> list[Outcome]:
+        """Return the posts' tags; a post with nothing usable is bad."""
+        return [self._tag(post) for post in posts]
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def _tag(self, post: Post) -> Outcome:
+        try:
+            tagged = self._runner.run(post)
+        except TaggingError as error:
+            return Bad(post.post_id, f"{type(error).__name__}: {one_line(error)}")
+        return Result(tagged.result, tagged.tags.scores, post.labels)
 
 
 def _seen(learned: PostSet, post: Post) -> bool:
