@@ -7,8 +7,10 @@ is the user's. Foreign exceptions are mapped at the edge that meets them, with `
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import cast
 
 
 class TaggingError(Exception):
@@ -127,6 +129,11 @@ def told(what: str, *kinds: type[Exception], as_: type[TaggingError] = ConfigErr
     return _RaisedAs(kinds or (OSError,), lambda error: as_(f"{what}: {reason(error)}"))
 
 
+def path_told(what: str) -> _RaisedAs:
+    """Return a context whose OSErrors become those of a path in the settings: `path_error`."""
+    return _RaisedAs((OSError,), lambda error: path_error(what, cast("OSError", error)))
+
+
 def replaced(ours: TaggingError, *kinds: type[Exception]) -> _RaisedAs:
     """Return a context in which one of our errors takes the place of others, which say no more."""
     return _RaisedAs(kinds, lambda _: ours)
@@ -134,6 +141,8 @@ def replaced(ours: TaggingError, *kinds: type[Exception]) -> _RaisedAs:
 
 def reason(error: Exception) -> str:
     """Return why, on one line: of the system's errors without their number and file."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])  # of a folder that was copied, that of its first file
     return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 

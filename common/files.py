@@ -15,6 +15,8 @@ from typing import IO
 
 from filelock import BaseFileLock, FileLock
 
+from common.errors import ConfigError, path_told, replaced, told
+
 _BLOCK_BYTES = 1 << 20  # read at once for a digest: larger is no faster, smaller costs calls
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -22,6 +24,19 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # Of Linux' renameat2(2).
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def read_text(
+    path: Path, name: str = "", *, missing: str = "no such file", encoding: str = "utf-8"
+) -> str:
+    """Return a text that the user has named; ConfigError names it, and what is wrong with it."""
+    name = name or str(path)
+    with (
+        path_told(f"{name}: cannot be read"),
+        told(f"{name}: cannot be read", UnicodeDecodeError),
+        replaced(ConfigError(f"{name}: {missing}"), FileNotFoundError),
+    ):
+        return path.read_text(encoding)
 
 
 def file_digest(*paths: Path) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from common.errors import ConfigError, path_error, told
+from common.errors import ConfigError, told
+from common.files import read_text
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,8 @@ class LabelMap:
     @classmethod
     def load(cls, path: Path) -> LabelMap:
         """Read a label map; ConfigError when the file is missing or no label map."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path}: no such label map") from error
-        except OSError as error:
-            raise path_error(f"{path}: cannot be read", error) from error
-        except ValueError as error:
-            raise ConfigError(f"{path}: not a JSON label map: {error}") from error
+        with told(f"{path}: not a JSON label map", ValueError):
+            content = json.loads(read_text(path, missing="no such label map"))
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: must map index to name")
         return cls.from_mapping(content, str(path))

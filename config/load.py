@@ -17,7 +17,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import EnvSettingsSource
 
-from common.errors import ConfigError, one_line, path_error, replaced
+from common.errors import ConfigError, one_line, path_told, replaced, told
+from common.files import read_text
 from common.urls import redact
 from config.presets import changes_nothing, merge, with_preset
 from config.settings import Settings
@@ -37,14 +38,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; ConfigError when the file is missing or holds something else."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except OSError as error:
-        raise path_error(f"{path}: cannot be read", error) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    text = read_text(path)
     try:
         content = yaml.safe_load(text)
     except _NO_YAML as error:
@@ -91,12 +85,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _file_content(key: str, name: str) -> str:
-    try:
+    what = f"--set {key}: @{name} cannot be read"
+    with path_told(what), told(what, UnicodeDecodeError):
         return Path(name).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise path_error(f"--set {key}: @{name} cannot be read", error) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--set {key}: @{name} cannot be read: {one_line(error)}") from error
 
 
 def _hide_passwords() -> None:

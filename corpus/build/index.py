@@ -409,14 +409,12 @@ def _refuse_minorities(index: Index) -> None:
     for marks, number in index.fingerprints.items():
         for stream, fingerprint in marks:
             counts.setdefault(stream, Counter())[fingerprint] += shares.get(number, 0)
-    usual = {stream: _most_common(count) for stream, count in counts.items()}
+    usual = {  # of equals the first as text, whatever the order of the posts
+        stream: min(count, key=lambda each: (-count[each], each))
+        for stream, count in counts.items()
+    }
     for marks, number in index.fingerprints.items():
         odd = next((s for s, f in marks if f != usual[s]), None)
         if odd is not None:
             detail = f"{odd} differs from {usual[odd]}: extract it again"
             index.refuse(number, OTHERWISE, detail)
-
-
-def _most_common(counts: Counter[str]) -> str:
-    """Return the most common; of equals the first as text, whatever the order of the posts."""
-    return min(counts, key=lambda each: (-counts[each], each))

@@ -128,12 +128,18 @@ def train_own_posts(plan: OwnTraining) -> TrainingFolder:
         for line in advice(contents, count_labels([folder.posts])[0]):
             notice(line)
         split = plan.asked.out / "split" / "split.jsonl"
-        stage("split", [split], partial(_split, plan, folder))
+        shares = {name: getattr(plan.asked, name) for name in ("valid", "test", "seed")}
+        dealing = partial(_build, folder, "split", None, manifest=folder.media, **shares)
+        stage("split", [split], dealing)
         settings = _with_encoders(plan, folder, contents, stage)
         _write_settings(settings, folder)
         kinds = _kinds(settings, contents)
         stage("features", [folder.features], partial(_extract, settings, folder, kinds))
-        stage("data", [plan.asked.out / "data"], partial(_build, folder, split))
+        stage(
+            "data",
+            [plan.asked.out / "data"],
+            partial(_build, folder, "data", folder.features, split=split),
+        )
         stage("training", [folder.bundle], partial(_train, plan, settings, folder))
     return folder
 
@@ -288,33 +294,16 @@ def _write_labels(plan: OwnTraining, folder: TrainingFolder) -> None:
     write_whole(folder.labels, json.dumps(labels.as_json(), ensure_ascii=False, indent=2))
 
 
-def _split(plan: OwnTraining, folder: TrainingFolder) -> None:
+def _build(folder: TrainingFolder, out: str, features: Path | None, **sides: Any) -> None:
     build(
         BuildOptions(
             input=folder.posts,
-            features=None,
+            features=features,
             labels=folder.labels,
-            out=folder.root / "split",
-            valid=plan.asked.valid,
-            test=plan.asked.test,
-            seed=plan.asked.seed,
-            manifest=folder.media,
+            out=folder.root / out,
             unknown="skip_tag",
             modalities=[],
-        )
-    )
-
-
-def _build(folder: TrainingFolder, split: Path) -> None:
-    build(
-        BuildOptions(
-            input=folder.posts,
-            features=folder.features,
-            labels=folder.labels,
-            out=folder.root / "data",
-            split=split,
-            unknown="skip_tag",
-            modalities=[],
+            **sides,
         )
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from parsers import ROOT, insighttag, script_parser, subcommands
@@ -66,12 +65,12 @@ def owner_scripts() -> set[str]:
         ROOT,
         *(ROOT / "scripts" / each for each in ("", "data_scripts", "mongo_supervisor")),
     )
-    paths = (path for folder in folders for path in folder.glob("*.py"))
-    return {str(path.relative_to(ROOT)) for path in paths if _starts(path)}
-
-
-def _starts(path: Path) -> bool:
-    return "__main__" in path.read_text(encoding="utf-8") and path.name not in _LEFT_OUT
+    return {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in folder.glob("*.py")
+        if "__main__" in path.read_text(encoding="utf-8") and path.name not in _LEFT_OUT
+    }
 
 
 def _command(name: str, command: Any, heading: str) -> Iterator[str]:
@@ -82,7 +81,7 @@ def _command(name: str, command: Any, heading: str) -> Iterator[str]:
     if command.epilog:
         yield "```text\n" + "\n".join(map(str.strip, command.epilog.splitlines())) + "\n```"
     records = [each.get_help_record(context) for each in command.params]
-    rows = [(f"`{_plain(record[0])}`", _cell(record[1])) for record in records if record]
+    rows = [(f"`{_plain(record[0])}`", _text(_plain(record[1]))) for record in records if record]
     if rows:
         yield table(("option", "meaning"), rows)
 
@@ -107,7 +106,3 @@ def _text(text: str) -> str:
         return text
     shown = html.escape(text, quote=False)
     return re.sub(r"([\\*_\[\]#])", r"\\\1", shown)
-
-
-def _cell(text: str) -> str:
-    return _text(_plain(text))

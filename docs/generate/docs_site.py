@@ -92,17 +92,13 @@ def _language(page: str, code: str, name: str) -> dict[str, str]:
     return {"name": name, "lang": code, "link": page.removesuffix(".md") + ".html"}
 
 
-def _repository_name(page: str) -> str:
-    """Return the path in the repository of a page of the site."""
-    return next((name for name, it in ROOT_PAGES.items() if it == page), f"docs/{page}")
-
-
 def _resolved(page: str, link: str) -> str | None:
     """Return the path in the repository that a link leads to; None outside of it."""
     path = link.partition("#")[0]
     if not path or "://" in link or link.startswith(("mailto:", "/")):
         return None
-    folder = posixpath.dirname(_repository_name(page))
+    source = next((name for name, it in ROOT_PAGES.items() if it == page), f"docs/{page}")
+    folder = posixpath.dirname(source)
     return posixpath.normpath(posixpath.join(folder, path))
 
 

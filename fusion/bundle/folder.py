@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from common.errors import BundleError, ConfigError, one_line, replaced, told
+from common.errors import BundleError, ConfigError, reason, replaced, told
 from common.files import link_or_copy, locked, new_folder, part_of, publish, write_whole
 from config.settings import FusionSettings
 
@@ -145,8 +145,8 @@ def keep_bundle(bundle: Path) -> Path | None:
         publish(part, copy)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        why = _reason(error)
-        raise BundleError(f"{bundle}: the bundle there cannot be kept: {why}") from error
+        what = f"{bundle}: the bundle there cannot be kept"
+        raise BundleError(f"{what}: {reason(error)}") from error
     return copy
 
 
@@ -182,13 +182,9 @@ def put_bundle(source: Path, target: Path, *, anew: bool, keep: bool = True) -> 
         BundleError: It cannot be copied.
     """
     target = target.resolve()
-    with replacing(target):
-        return _put(source, target, anew=anew, keep=keep)
-
-
-def _put(source: Path, target: Path, *, anew: bool, keep: bool) -> Replaced:
-    before, version = newest_version(target), str(newest_version(source))
-    try:
+    failed = f"{target}: the bundle {source} cannot be put there"
+    with replacing(target), told(failed, as_=BundleError):
+        before, version = newest_version(target), str(newest_version(source))
         about = (source / ABOUT).read_text(encoding="utf-8")
         if anew or (before is not None and version <= before):
             about, version = _restamped(source / ABOUT, about, version, before)
@@ -201,9 +197,6 @@ def _put(source: Path, target: Path, *, anew: bool, keep: bool) -> Replaced:
             but = shutil.ignore_patterns(ABOUT)
             shutil.copytree(source, part, ignore=but, dirs_exist_ok=True)
             (part / ABOUT).write_text(about, encoding="utf-8")
-    except OSError as error:
-        why = _reason(error)
-        raise BundleError(f"{target}: the bundle {source} cannot be put there: {why}") from error
     return Replaced(version, before, kept)
 
 
@@ -220,13 +213,6 @@ def kept_bundles(bundle: Path) -> Iterator[Path]:
 def made_at(version: str) -> datetime:
     """Return the time in a version."""
     return datetime.strptime(version.partition("-")[0], _TIME).replace(tzinfo=timezone.utc)
-
-
-def _reason(error: OSError) -> str:
-    """Return one line; of a folder that was copied, the reason of its first file."""
-    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
-        return str(error.args[0][0][-1])
-    return one_line(error)
 
 
 def _restamped(path: Path, about: str, version: str, before: str | None) -> tuple[str, str]:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 
 from common.errors import ConfigError, FeatureError, WorkerDied, one_line, told
-from common.files import write_whole
+from common.files import read_text, write_whole
 from common.post import Post
 from common.processes import process_pool
 from common.progress import progress_bar
@@ -144,15 +144,9 @@ def _raw_entries(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix != ".txt":
         yield from ((entry.where, entry.value) for entry in entries(path))
         return
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}: line {number}", line.strip()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}: line {number}", line.strip()
 
 
 @dataclass(frozen=True)

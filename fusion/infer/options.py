@@ -101,7 +101,8 @@ def infer_settings(options: InferOptions) -> InferSettings | Settings:
     content = read_yaml(file) if options.infer_config is not None or file.exists() else {}
     settings: InferSettings | Settings
     if tags_raw_media(content, file):
-        settings = load_settings(file, [*_as_overrides(given), *options.overrides])
+        over = [f"infer.{key}={json.dumps(value)}" for key, value in given.items()]
+        settings = load_settings(file, [*over, *options.overrides])
     else:
         settings = layered(
             InferSettings, options.infer_config, INFER_CONFIG, given, options.overrides
@@ -149,7 +150,3 @@ def with_bundle(settings: InferSettings | Settings, bundle: Path) -> InferSettin
 
 def bundle_of(settings: InferSettings | Settings) -> Path:
     return settings.bundle if isinstance(settings, InferSettings) else settings.fusion.bundle
-
-
-def _as_overrides(given: dict[str, Any]) -> list[str]:
-    return [f"infer.{key}={json.dumps(value)}" for key, value in given.items()]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from common.cli import argument, option, say
-from common.errors import ConfigError, path_error
+from common.errors import ConfigError, path_told
 from common.files import write_whole
 from config.load import CONFIGS, DEFAULT_CONFIG
 from config.presets import PRESETS, Preset
@@ -58,13 +58,11 @@ def init(
             raise ConfigError(f"init: {path}: already exists; name another folder")
     chosen = preset or _asked()
     every = schemas()
-    try:
+    with path_told(f"init: {folder}"):
         for path, source in written.items():
             write_whole(path, project_text(source, chosen))
         for name in _FILES.values():
             write_whole(_schema(folder, name), text_of(every[name]))
-    except OSError as error:
-        raise path_error(f"init: {folder}", error) from error
     say("".join(f"{path}\n" for path in written))
     say(
         f"next     cd {shlex.quote(str(folder))}\n"

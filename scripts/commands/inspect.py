@@ -17,7 +17,7 @@ from common.errors import (
     MediaError,
     PermanentError,
     one_line,
-    path_error,
+    path_told,
 )
 from common.post import MEDIA_KINDS, Media, MediaKind
 from common.urls import is_url, local_source, redact
@@ -52,10 +52,8 @@ def inspect(
     """
     settings = settings_of(config, overrides)
     if out is not None:
-        try:
+        with path_told(f"--out {out}"):
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise path_error(f"--out {out}", error) from error
     with _local(source, settings) as path:
         facts = facts_of(path, settings, kind=kind, out=out)
     facts = {"source": redact(source), **facts}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from common.cli import complain, flag, option, print_json, say
 from common.errors import ConfigError, MessageError, StoreUnavailable, told
+from common.files import read_text
 from config.settings import Settings
 from scripts.commands.common import (
     AsJson,
@@ -170,12 +171,10 @@ def _message(line: str) -> PostMessage:
 
 
 def _text(file: Path) -> str:
-    try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise ConfigError(f"--file {file}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--file {file}: cannot be read: {error}") from error
+    if str(file) != "-":
+        return read_text(file, f"--file {file}", encoding="utf-8-sig")
+    with told("--file -: cannot be read", OSError, UnicodeDecodeError):
+        return sys.stdin.read()
 
 
 def _checked(post_id: str) -> PostMessage:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from common.cli import argument, complain, flag, option, print_json, say
-from common.errors import ConfigError, path_error, replaced
+from common.errors import ConfigError, path_told, replaced
 from common.post import MEDIA_KINDS, Post
 from common.progress import notice, track
 from common.tables import print_table
@@ -115,11 +115,9 @@ def _written(
     """Yield results, and write each as a line; those that an earlier run has written stay."""
     from workers.runner import result_of
 
-    try:
+    with path_told(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         file = out.open("a+b")
-    except OSError as error:
-        raise path_error(f"--out {out}", error) from error
     with file:
         with replaced(
             ConfigError(f"--out {out}: is being written by another run"), BlockingIOError
@@ -135,11 +133,9 @@ def _written(
             if result is None:
                 result = result_of(runner, post).answer()
                 line = json.dumps(result, ensure_ascii=False, default=plain).encode() + b"\n"
-                try:
+                with path_told(f"--out {out}"):
                     file.write(line)
                     file.flush()
-                except OSError as error:
-                    raise path_error(f"--out {out}", error) from error
             yield result
 
 

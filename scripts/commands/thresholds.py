@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from common.cli import argument, option, print_json, say
-from common.errors import ConfigError, one_line, path_error, told
+from common.errors import ConfigError, path_told, told
 from common.files import write_whole
 from common.progress import notice
 from common.tables import print_table
@@ -150,12 +150,11 @@ def _read(path: Path) -> Mapping[str, Any]:
     """Return thresholds by tag from a CSV or JSON file."""
     if path.suffix.lower() not in _FORMS:
         raise ConfigError(f"--file {path}: must be a .csv or .json file")
-    try:
+    with (
+        path_told(f"--file {path}: cannot be read"),
+        told(f"--file {path}: is not UTF-8", UnicodeDecodeError),
+    ):
         text = path.read_text(encoding="utf-8-sig")  # Excel writes the mark
-    except OSError as error:
-        raise path_error(f"--file {path}: cannot be read", error) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--file {path}: is not UTF-8: {one_line(error)}") from error
     if path.suffix.lower() == ".csv":
         return _from_csv(text, path)
     with told(f"--file {path}: not JSON", ValueError):
@@ -203,7 +202,5 @@ def _write(path: Path, values: Mapping[str, float]) -> None:
         csv.writer(text, lineterminator="\n").writerows([("tag", "threshold"), *values.items()])
     else:
         json.dump(values, text, ensure_ascii=False, indent=1)
-    try:
+    with path_told(f"--out {path}: cannot be written"):
         write_whole(path, text.getvalue())
-    except OSError as error:
-        raise path_error(f"--out {path}: cannot be written", error) from error
