@@ -7,12 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Protocol, get_args
 
 from common.cli import Script, json_report, say
 from common.logs import configure_logs
 from common.progress import progress_bar
+from corpus.databases import open_scratch
 from corpus.extract.options import CommandLine, Options, about, options_of
 from corpus.extract.work import MODALITIES_OF, Entry, Inputs, Kind, Result
 from corpus.records import AtomicLines, Summary
@@ -133,18 +133,24 @@ def extract(options: Options) -> Summary:
     total = inputs.count()
     options.features.mkdir(parents=True, exist_ok=True)
     tally = Tally(f"{options.kind} features")
-    with Interrupt() as interrupt, contextlib.closing(_engine(options, interrupt)) as engine:
+    # Failures wait on the disk, since there may be as many as posts.
+    failures = open_scratch("", "CREATE TABLE failures (number INTEGER, line TEXT)")
+    with (
+        contextlib.closing(failures),
+        Interrupt() as interrupt,
+        contextlib.closing(_engine(options, interrupt)) as engine,
+    ):
         engine.open()
         interrupt.patient = True
-        failures: list[tuple[int, str]] = []
         for result in watch(engine.run(inputs), tally.summary.title, total):
             tally.add(result)
-            failures += ((result.index, part.line()) for part in result.failures)
+            rows = ((result.index, part.line()) for part in result.failures)
+            failures.executemany("INSERT INTO failures VALUES (?, ?)", rows)
         if interrupt.asked:
             # The files of a run tell of all posts, or they are those of the run before.
             raise KeyboardInterrupt
         with AtomicLines(options.failures) as lines:
-            for _, line in sorted(failures, key=itemgetter(0)):
+            for (line,) in failures.execute("SELECT line FROM failures ORDER BY number, rowid"):
                 lines.write(line)
     tally.tell(options)
     return tally.summary
