@@ -72,7 +72,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         keys = path.strip().split(".")
         if not separator or not all(keys):
             raise ConfigError(f"--set {redact(override)}: write it as section.key=value")
-        with replaced(ConfigError(f"--set {path}: {redact(raw)!r:.200} is not a value"), _NO_YAML):
+        with replaced(ConfigError(f"--set {path}: {redact(raw)!r:.200} is not a value"), *_NO_YAML):
             value = _file_content(path, raw[1:]) if raw[:1] == "@" else yaml.safe_load(raw or '""')
         node = tree
         for key in keys[:-1]:
