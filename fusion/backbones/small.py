@@ -1,7 +1,7 @@
 """Small backbones for a platform without one, trained on posts whose media are held in memory.
 
-A minute of sound takes 1.5 MB, a picture of 64 pixels 12 kB: enough for tens of thousands of posts.
-The demo trains all its backbones here, `train_net.py` those of sound and text.
+A minute of sound takes 1.5 MB: enough for tens of thousands of posts.
+The demo trains those of motion and sound here, `train_net.py` those of sound and text.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from fusion.backbones.model import MediaTagger, create_backbone, save_weights
 from fusion.backbones.text import TextTagger, make_tokenizer, save_text, text_dataset
 from fusion.train.trainer import TrainData
 
-BackboneName: TypeAlias = Literal["image", "video", "audio", "text"]
+BackboneName: TypeAlias = Literal["video", "audio", "text"]
 
-_KINDS: dict[BackboneName, Kind] = {"image": "picture", "video": "clip", "audio": "patch"}
+_KINDS: dict[BackboneName, Kind] = {"video": "clip", "audio": "patch"}
 _MEDIA: dict[BackboneName, tuple[MediaKind, ...]] = {
-    "image": ("image",),
     "video": ("video",),
     "audio": ("video", "audio"),
 }
@@ -146,12 +145,9 @@ class SmallBackbone:
                         raise MediaError(f"post {post.post_id}: {media.source}: {error}") from error
                     self.skip(post.post_id, media.source, str(error))
                     continue
-                array = {
-                    "video": None if decoded.frames is None else decoded.frames[None],
-                    "image": decoded.image,
-                    "audio": decoded.sound,
-                }[self.name]
-                arrays += [] if array is None else [array]
+                array = decoded.sound if self.name == "audio" else decoded.frames
+                if array is not None:
+                    arrays.append(array if self.name == "audio" else array[None])
             items.append(np.concatenate(arrays) if arrays else np.empty((0,)))
             self.decoded(done, len(posts))
         return items

@@ -191,24 +191,37 @@ def _train_in_memory(
     new = _new_posts(valid, learned, fabric)
     link_latest(fabric, folder)
     trainer = settings.trainer.model_copy(update={"save_dir": folder})
-    seed = seed_of(fabric, trainer, start)
-    small = partial(
-        SmallBackbone,
-        name,
-        train,
-        new or valid,
-        labels,
-        FeatureSettings.model_validate(
-            {"audio": {"arch": backbone.arch}} if name == "audio" else {}
-        ),
-        reader.limits,
-        seed=seed,
+    seed, seen = seed_of(fabric, trainer, start), bool(valid) and not new
+    skipped = Skipped(
+        folder / "log" / "skipped.jsonl", enabled=data.skip_bad and fabric.is_global_zero
     )
-    parts = partial(_decoded, settings, fabric, folder, small)
-    posts, build, save = all_ranks(
-        fabric,
-        lambda: parts(learned, seen=bool(valid) and not new, count=len(train) + len(new or valid)),
-    )
+
+    def skip(post_id: str, source: str, why: str) -> None:
+        skipped.add(Path(source), post_id, "media", why)
+
+    def parts() -> tuple[TrainData, Callable[[], Any], Callable[[Any, Path], None]]:
+        shown = trainer.progress and fabric.is_global_zero and name == "audio"
+        count = len(train) + len(new or valid)
+        with skipped, progress_bar("decode", count, enabled=shown) as bar:
+            return SmallBackbone(
+                name,
+                train,
+                new or valid,
+                labels,
+                FeatureSettings.model_validate(
+                    {"audio": {"arch": backbone.arch}} if name == "audio" else {}
+                ),
+                reader.limits,
+                weights=backbone.weights,
+                dropout=backbone.dropout,
+                augment=backbone.augment,
+                max_items=(data.max_items, data.max_items),
+                seed=seed,
+                decoded=lambda *_: bar.advance(),
+                skip=skip if data.skip_bad else None,
+            ).parts(learned, seen=seen)
+
+    posts, build, save = all_ranks(fabric, parts)
     report = train_model(
         fabric,
         posts,
@@ -224,35 +237,6 @@ def _train_in_memory(
         about=BackboneReport(settings, labels.names, folder, again),
     )
     return (report,) if fabric.is_global_zero else ()
-
-
-def _decoded(
-    settings: BackboneTrainSettings,
-    fabric: Fabric,
-    folder: Path,
-    small: Callable[..., SmallBackbone],
-    learned: PostSet,
-    *,
-    seen: bool,
-    count: int,
-) -> tuple[TrainData, Callable[[], Any], Callable[[Any, Path], None]]:
-    """Return what `SmallBackbone.parts` gives, with a bar, and a list of files left out."""
-    backbone, data, first = settings.backbone, settings.data, fabric.is_global_zero
-    skipped = Skipped(folder / "log" / "skipped.jsonl", enabled=data.skip_bad and first)
-    shown = settings.trainer.progress and first and settings.task == "audio_backbone"
-
-    def skip(post_id: str, source: str, why: str) -> None:
-        skipped.add(Path(source), post_id, "media", why)
-
-    with skipped, progress_bar("decode", count, enabled=shown) as bar:
-        return small(
-            weights=backbone.weights,
-            dropout=backbone.dropout,
-            augment=backbone.augment,
-            max_items=(data.max_items, data.max_items),
-            decoded=lambda *_: bar.advance(),
-            skip=skip if data.skip_bad else None,
-        ).parts(learned, seen=seen)
 
 
 def _files(settings: BackboneTrainSettings, folder: Path, name: str) -> tuple[Path, ...]:
