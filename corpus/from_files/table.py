@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import ConfigError, path_error, told
+from common.errors import ConfigError, path_error
 from config.load import did_you_mean
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -57,7 +57,7 @@ def read_table(path: Path, files: Collection[str] = ()) -> Iterator[Row]:
     delimiter = max(_DELIMITERS, key=head.count)
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     columns: list[str] = []
-    with told(f"{path}: line {table.line_num}: not CSV", csv.Error):
+    try:
         for number, raw in enumerate(table, 1):
             cells, where = [cell.strip() for cell in raw], f"{path}: row {number}"
             if not any(cells):
@@ -73,6 +73,8 @@ def read_table(path: Path, files: Collection[str] = ()) -> Iterator[Row]:
                 )
             pairs = zip(columns, cells, strict=True)
             yield Row(where, {column: cell for column, cell in pairs if column})
+    except csv.Error as error:
+        raise ConfigError(f"{path}: line {table.line_num}: not CSV: {error}") from error
     if not columns:
         raise ConfigError(f"{path}: is empty: the first row must name the columns: file,labels")
 
