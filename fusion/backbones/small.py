@@ -48,7 +48,7 @@ class SmallBackbone:
         weights: Start of the weights; see `create_backbone`.
         max_items: Media of a post in training, and in validation.
         decoded: Is told how many posts of how many are decoded.
-        skip: Is told of media that cannot be decoded; None ends the training there.
+        skip: `Skipped.add`, for media that cannot be decoded; None ends the training there.
     """
 
     name: BackboneName
@@ -63,7 +63,7 @@ class SmallBackbone:
     max_items: tuple[int, int] = (6, 16)
     seed: int = 0
     decoded: Callable[[int, int], None] = lambda done, total: None
-    skip: Callable[[str, str, str], None] | None = None
+    skip: Callable[[Path, str, str, str], None] | None = None
 
     def parts(
         self, learned_from: PostSet, *, seen: bool = False
@@ -143,7 +143,7 @@ class SmallBackbone:
                 except MediaError as error:
                     if self.skip is None:
                         raise MediaError(f"post {post.post_id}: {media.source}: {error}") from error
-                    self.skip(post.post_id, media.source, str(error))
+                    self.skip(Path(media.source), post.post_id, "media", str(error))
                     continue
                 array = decoded.sound if self.name == "audio" else decoded.frames
                 if array is not None:

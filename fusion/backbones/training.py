@@ -132,6 +132,11 @@ def _train(
     fabric: Fabric,
 ) -> tuple[StageReport, ...]:
     """Train in one of the processes of a training; the first one reports."""
+    if settings.task == "text_backbone" and settings.backbone.arch == "tfidf":
+        folder = run_folder(fabric, settings.trainer.save_dir, None)
+        link_latest(fabric, folder)
+        report = all_ranks(fabric, partial(_count_texts, settings, fabric, folder))
+        return (report,) if fabric.is_global_zero else ()
     if settings.task in ("text_backbone", "audio_backbone"):
         return _train_in_memory(settings, reader, resume, again, fabric)
     images, save_dir = settings.task == "image_backbone", settings.trainer.save_dir
@@ -170,16 +175,11 @@ def _train_in_memory(
 ) -> tuple[StageReport, ...]:
     """Train on sounds or texts."""
     name: BackboneName = "text" if settings.task == "text_backbone" else "audio"
-    backbone, data, save_dir = settings.backbone, settings.data, settings.trainer.save_dir
-    if name == "text" and backbone.arch not in ("tfidf", "bert"):
+    backbone, data = settings.backbone, settings.data
+    if name == "text" and backbone.arch != "bert":
         raise ConfigError(f"backbone.arch: text_backbone takes tfidf or bert, not {backbone.arch}")
-    tfidf = name == "text" and backbone.arch == "tfidf"
-    resume = None if tfidf else located(resume)
-    folder = run_folder(fabric, save_dir, resume)
-    if tfidf:
-        link_latest(fabric, folder)
-        report = all_ranks(fabric, partial(_count_texts, settings, fabric, folder))
-        return (report,) if fabric.is_global_zero else ()
+    resume = located(resume)
+    folder = run_folder(fabric, settings.trainer.save_dir, resume)
     labels = all_ranks(fabric, partial(LabelMap.load, data.labels))
     signed = signature({"stage": name, "arch": backbone.arch, "labels": list(labels.names)})
     start = all_ranks(fabric, lambda: None if resume is None else find_start(resume, signed))
@@ -192,15 +192,12 @@ def _train_in_memory(
     link_latest(fabric, folder)
     trainer = settings.trainer.model_copy(update={"save_dir": folder})
     seed, seen = seed_of(fabric, trainer, start), bool(valid) and not new
-    skipped = Skipped(
-        folder / "log" / "skipped.jsonl", enabled=data.skip_bad and fabric.is_global_zero
-    )
-
-    def skip(post_id: str, source: str, why: str) -> None:
-        skipped.add(Path(source), post_id, "media", why)
+    features = {"audio": {"arch": backbone.arch}} if name == "audio" else {}
+    first = fabric.is_global_zero
+    skipped = Skipped(folder / "log" / "skipped.jsonl", enabled=data.skip_bad and first)
 
     def parts() -> tuple[TrainData, Callable[[], Any], Callable[[Any, Path], None]]:
-        shown = trainer.progress and fabric.is_global_zero and name == "audio"
+        shown = trainer.progress and first and name == "audio"
         count = len(train) + len(new or valid)
         with skipped, progress_bar("decode", count, enabled=shown) as bar:
             return SmallBackbone(
@@ -208,9 +205,7 @@ def _train_in_memory(
                 train,
                 new or valid,
                 labels,
-                FeatureSettings.model_validate(
-                    {"audio": {"arch": backbone.arch}} if name == "audio" else {}
-                ),
+                FeatureSettings.model_validate(features),
                 reader.limits,
                 weights=backbone.weights,
                 dropout=backbone.dropout,
@@ -218,7 +213,7 @@ def _train_in_memory(
                 max_items=(data.max_items, data.max_items),
                 seed=seed,
                 decoded=lambda *_: bar.advance(),
-                skip=skip if data.skip_bad else None,
+                skip=skipped.add if data.skip_bad else None,
             ).parts(learned, seen=seen)
 
     posts, build, save = all_ranks(fabric, parts)
