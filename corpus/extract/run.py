@@ -7,14 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol, get_args
+from pathlib import Path
+from typing import Any, Protocol, get_args
 
 from common.cli import Script, json_report, say
 from common.logs import configure_logs
 from common.progress import progress_bar
 from corpus.databases import open_scratch
 from corpus.extract.options import CommandLine, Options, about, options_of
-from corpus.extract.work import MODALITIES_OF, Entry, Inputs, Kind, Result
+from corpus.extract.work import MODALITIES_OF, Entry, FailedPart, Inputs, Kind, Result
 from corpus.records import AtomicLines, Summary
 from corpus.runs import Interrupt
 from fusion.data.data_file import check_holds_post
@@ -75,6 +76,32 @@ def watch(results: Iterable[Result], title: str, total: int) -> Iterator[Result]
             yield result
 
 
+class FailureFile:
+    """A context that takes failures as they come, and writes them in order at its end.
+
+    They wait in a temporary database. An exception inside the block leaves the old file as it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._base = open_scratch("", "CREATE TABLE failures (number INTEGER, line TEXT)")
+
+    def __enter__(self) -> FailureFile:
+        return self
+
+    def add(self, index: int, failures: Iterable[FailedPart]) -> None:
+        rows = ((index, part.line()) for part in failures)
+        self._base.executemany("INSERT INTO failures VALUES (?, ?)", rows)
+
+    def __exit__(self, error: object, *_: Any) -> None:
+        with contextlib.closing(self._base):
+            if error is None:
+                with AtomicLines(self.path) as lines:
+                    query = "SELECT line FROM failures ORDER BY number, rowid"
+                    for (line,) in self._base.execute(query):
+                        lines.write(line)
+
+
 class Engine(Protocol):
     """The interface of `local` and `on_ray`."""
 
@@ -133,25 +160,16 @@ def extract(options: Options) -> Summary:
     total = inputs.count()
     options.features.mkdir(parents=True, exist_ok=True)
     tally = Tally(f"{options.kind} features")
-    # Failures wait on the disk, since there may be as many as posts.
-    failures = open_scratch("", "CREATE TABLE failures (number INTEGER, line TEXT)")
-    with (
-        contextlib.closing(failures),
-        Interrupt() as interrupt,
-        contextlib.closing(_engine(options, interrupt)) as engine,
-    ):
+    with Interrupt() as interrupt, contextlib.closing(_engine(options, interrupt)) as engine:
         engine.open()
         interrupt.patient = True
-        for result in watch(engine.run(inputs), tally.summary.title, total):
-            tally.add(result)
-            rows = ((result.index, part.line()) for part in result.failures)
-            failures.executemany("INSERT INTO failures VALUES (?, ?)", rows)
-        if interrupt.asked:
-            # The files of a run tell of all posts, or they are those of the run before.
-            raise KeyboardInterrupt
-        with AtomicLines(options.failures) as lines:
-            for (line,) in failures.execute("SELECT line FROM failures ORDER BY number, rowid"):
-                lines.write(line)
+        with FailureFile(options.failures) as failures:
+            for result in watch(engine.run(inputs), tally.summary.title, total):
+                tally.add(result)
+                failures.add(result.index, result.failures)
+            if interrupt.asked:
+                # The files of a run tell of all posts, or they are those of the run before.
+                raise KeyboardInterrupt
     tally.tell(options)
     return tally.summary
 
