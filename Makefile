@@ -71,17 +71,19 @@ demo: $(VENV)/.small ## posts, training, services, daemon, tags: everything once
 	@$(PY) -m demo
 
 # Parts, each in a process that collects its own: xdist's collect everything, a fifth of the time.
-# Three for two cores, since the rest waits for timers half of its time.
+# Four for two cores, since those of the King wait for timers nearly all of their time.
 ENCODING := tests/unit/extractors tests/unit/workers/test_part_table.py
 TRAINING := tests/unit/fusion tests/unit/corpus
+WAITING := tests/unit/king
 
 t: $(VENV)/.dev ## the unit tests: no servers
 	@$(PY) -m pytest -q $(ENCODING) > $(VENV)/.t1.log 2>&1 & encoding=$$!; \
 	$(PY) -m pytest -q $(TRAINING) > $(VENV)/.t2.log 2>&1 & training=$$!; \
-	trap "kill $$encoding $$training" INT TERM; \
-	$(PY) -m pytest -q $(addprefix --ignore=,$(ENCODING) $(TRAINING)) tests/unit; status=$$?; \
-	for part in $$encoding $$training; do wait $$part || status=1; done; \
-	cat $(VENV)/.t1.log $(VENV)/.t2.log; exit $$status
+	$(PY) -m pytest -q $(WAITING) > $(VENV)/.t3.log 2>&1 & waiting=$$!; \
+	trap "kill $$encoding $$training $$waiting" INT TERM; \
+	$(PY) -m pytest -q $(addprefix --ignore=,$(ENCODING) $(TRAINING) $(WAITING)) tests/unit; status=$$?; \
+	for part in $$encoding $$training $$waiting; do wait $$part || status=1; done; \
+	cat $(VENV)/.t?.log; exit $$status
 
 TYPES := $(VENV)/bin/mypy $(SOURCES) $(SCRIPTS) tests bench docs/generate
 
