@@ -1,4 +1,4 @@
-"""What the machinery costs: posts of one text, and of a text and a tiny picture, on every broker.
+"""The cost of the machinery: posts of a text, or a text and a tiny picture, on every broker.
 
 All posts are alike and the models are tiny, the fusion model too, so that what is left is the King,
 its workers' ways with messages, the broker and the database. In turn with the daemon a bare loop of

@@ -46,7 +46,7 @@ _OCR = "picture"
 
 @dataclass
 class _Draft:
-    """What is known of a post on its way."""
+    """Everything known of a post on its way."""
 
     arrays: dict[Any, list[Any]] = field(default_factory=lambda: defaultdict(list))
     failures: dict[Any, Failure] = field(default_factory=dict)

@@ -17,7 +17,7 @@ _UNTAGGED = 0.02
 
 
 class Files(NamedTuple):
-    """What the command line of the analysis named."""
+    """The arguments of the analysis's command line."""
 
     posts: Path
     out: Path

@@ -24,7 +24,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "author": ("author",),
     "created": ("created",),
 }
-"""What a column holds -> the names that it may have, in any case."""
+"""Content of a column -> the names that it may have, in any case."""
 _DELIMITERS = ",;\t"
 _SEPARATOR = re.compile(r"[;|]")
 

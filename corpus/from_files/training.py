@@ -58,7 +58,7 @@ _START_S = 10
 
 @dataclass(frozen=True)
 class OwnTraining:
-    """What is asked for, settings of the extractors, and nested values of the training."""
+    """The request, settings of the extractors, and nested values of the training."""
 
     asked: Options
     settings: Settings

@@ -231,7 +231,7 @@ def _both_sides(
 
 @dataclass(frozen=True)
 class _Scan:
-    """What the first pass over a file found.
+    """The findings of the first pass over a file.
 
     Attributes:
         stream: The video's.

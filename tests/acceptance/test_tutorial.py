@@ -36,7 +36,7 @@ def steps(page: str) -> list[tuple[str, str]]:
 def test_the_commands_of_the_tutorial_tag_new_pictures_rightly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What `draw.py` says of the new pictures is what the model says of them.
+    """The model says of the new pictures what `draw.py` says of them.
 
     `insighttag` runs in this process: four of its own would load all models again and again.
     """

@@ -1,4 +1,4 @@
-"""What is wrong is told in one line."""
+"""Reader of the one line that tells of a mistake."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

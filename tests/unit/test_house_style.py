@@ -67,6 +67,13 @@ def test_no_function_is_far_over_50_lines() -> None:
     assert long == {}
 
 
+def test_no_docstring_begins_with_a_question() -> None:
+    """It begins with a verb, or names the thing."""
+    question = re.compile(r'^\s*"""(What|Which|Whether)\b', re.M)
+    paths = [*modules(), *modules_beside()]
+    assert [name(path) for path in paths if question.search(path.read_text("utf-8"))] == []
+
+
 def test_no_assert_validates_in_product_code() -> None:
     """``python -O`` would remove the check."""
     found = [

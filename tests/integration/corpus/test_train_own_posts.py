@@ -78,7 +78,7 @@ def trained(folder: Path) -> dict[Path, int]:
 
 
 def test_an_interrupted_training_goes_on(folder: Path, trained: dict[Path, int]) -> None:
-    """What was extracted stays as it is; bundle, report and figures of the test posts are there."""
+    """Extracted features stay; bundle, report and figures of the test posts are there."""
     assert trained
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in trained.items())
     mine = folder / "mine"

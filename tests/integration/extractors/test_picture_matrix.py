@@ -355,7 +355,7 @@ CARELESS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("name", CARELESS)
 def test_careless_writers(tmp_path: Path, name: str) -> None:
-    """What viewers pass over makes no file broken, and leaves no note."""
+    """Parts that viewers pass over make no file broken, and leaves no note."""
     path, notes = tmp_path / "a", list[str]()
     CARELESS[name](path)
     (pixels,) = read_pictures(path, max_pixels=10**7, notes=notes)

@@ -1,1 +1,1 @@
-"""What the documents say: commands, keys of settings, endpoints."""
+"""Readers of the documents: commands, keys of settings, endpoints."""

@@ -34,5 +34,5 @@ def few_posts(_all_posts: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is spawned is forked from a server that has loaded torch already."""
+    """Spawned processes are forked from a server that has loaded torch already."""
     monkeypatch.setattr(get_context("spawn"), "Process", forked.process_type())

@@ -1,4 +1,4 @@
-"""What the pages of all reports keep, in a real browser."""
+"""Checks that the pages of all reports keep, in a real browser."""
 
 from pathlib import Path
 

@@ -127,7 +127,7 @@ def test_the_stream_is_the_text_encoders_vector_of_the_words(folder: Path) -> No
 
 
 def test_the_fingerprint_holds_the_models_and_their_options(folder: Path, tmp_path: Path) -> None:
-    """What changes the words or their vector changes it; a batch size does not."""
+    """It changes with all that changes the words or their vector; a batch size does not."""
 
     def made_with(features: FeatureSettings) -> str:
         suite = ExtractorSuite(features, names=("asr",))

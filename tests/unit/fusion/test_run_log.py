@@ -1,4 +1,4 @@
-"""What a run leaves: its log, curves for TensorBoard, and checkpoints that are whole."""
+"""The files of a run: its log, curves for TensorBoard, and checkpoints that are whole."""
 
 from pathlib import Path
 from typing import Any

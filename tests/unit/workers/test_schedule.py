@@ -101,7 +101,7 @@ def test_videos_are_not_downloaded_while_decoders_are_behind() -> None:
 def test_on_a_cpu_one_batch_of_any_queue_waits_for_a_worker(
     on_cpu: bool, queues: tuple[str, ...], number: int
 ) -> None:
-    """What does not wait there is free for another worker; on a GPU each queue has its own."""
+    """Other tasks are free for another worker; on a GPU each queue has its own."""
     made = scheduler(decoder())
     decode = made.submit(decode_task(), 99)
     sent(made)
