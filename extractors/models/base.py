@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import pairwise
@@ -346,9 +347,11 @@ class RowExtractor(Extractor):
 
         def begun() -> Iterator[Callable[[], FeatureArray]]:
             for first in range(start, len(out), batch_size):
+                stop = first + batch_size
+                near = slice(bisect_right(borders, first) - 1, bisect_left(borders, stop))
                 pieces = [
-                    item[max(first - border, 0) : max(first + batch_size - border, 0)]
-                    for item, border in zip(items, borders, strict=False)
+                    item[max(first - border, 0) : stop - border]
+                    for item, border in zip(items[near], borders[near], strict=False)
                 ]
                 # concatenate copies: shared memory is read-only and torch wants writable arrays
                 yield self._encoder.begin(np.concatenate(pieces))

@@ -305,9 +305,9 @@ class VideoExtractor(VisualExtractor):
 
 
 def segments(count: int, parts: int) -> npt.NDArray[np.intp]:
-    """Return the frame at the centre of each of ``wanted`` equal segments of ``count`` frames.
+    """Return the frame at the centre of each of ``parts`` equal segments of ``count`` frames.
 
-    Frames of a short clip are repeated; ``wanted`` frames or more, or none, are taken once each.
+    Frames of a short clip are repeated; ``parts`` frames or more, or none, are taken once each.
 
     Source: TSN (arXiv 1608.00859), in test.
     """

@@ -160,7 +160,7 @@ class LinearProbe(FusionModel):
 def mean_score(logits: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """Return logits of the mean probability of several models ``(models, posts, classes)``.
 
-    Only of those with True in ``there`` ``(models, posts)``, of which each post has one.
+    Only of those with True in ``present`` ``(models, posts)``, of which each post has one.
     """
     lost = ~present[:, :, None]
     yes, no = (

@@ -128,7 +128,7 @@ class TaggingLoss(nn.Module):
     ) -> torch.Tensor:
         """Return the mean cost of logits and targets in [0, 1], both ``(posts, classes)``.
 
-        Posts where ``there`` ``(posts,)`` is False cost nothing, and count in the mean: so the
+        Posts where ``present`` ``(posts,)`` is False cost nothing, and count in the mean: so the
         costs of parts of a batch add up to that of the batch. Not so in `two_way_loss`, whose
         means are over what it compares.
         """

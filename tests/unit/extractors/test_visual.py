@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -16,9 +16,21 @@ from extractors.models.visual import TimmBackbone, VisualExtractor
 from tests.support.mistakes import one_line
 from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
 
+Backbone = TypeVar("Backbone", bound=TimmBackbone)
+
 
 def pictures(count: int, size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def with_backbone(kind: type[Backbone], batch_size: int) -> tuple[Backbone, VisualExtractor]:
+    """Return a tiny network and its extractor, which takes as many rows at once as on a GPU."""
+    settings = ImageSettings(arch=TINY_CNN, weights="random:1", image_size=32)
+    model = kind("features.image", settings, "cpu", size=(32, 32))
+    extractor = VisualExtractor("image", settings, backbone=model)
+    extractor.load()
+    extractor.batch_size = batch_size
+    return model, extractor
 
 
 def loaded(**settings: object) -> VisualExtractor:
@@ -161,11 +173,7 @@ def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
                 raise torch.cuda.OutOfMemoryError("out of memory")
             return super().begin(*inputs)
 
-    settings = ImageSettings(arch=TINY_CNN, weights="random:1", image_size=32, batch_size=8)
-    model = SmallDevice("features.image", settings, "cpu", size=(32, 32))
-    extractor = VisualExtractor("image", settings, backbone=model)
-    extractor.load()
-    extractor.batch_size = 8  # as on a GPU
+    model, extractor = with_backbone(SmallDevice, batch_size=8)
     sizes.clear()
     items = [pictures(5, 32), pictures(5, 32, seed=1)]
     found = extractor.forward(items)
@@ -198,11 +206,7 @@ def test_a_batch_begins_before_the_result_of_the_last_one_is_waited_for() -> Non
 
             return wait
 
-    settings = ImageSettings(arch=TINY_CNN, weights="random:1", image_size=32, batch_size=4)
-    model = LateDevice("features.image", settings, "cpu", size=(32, 32))
-    extractor = VisualExtractor("image", settings, backbone=model)
-    extractor.load()
-    extractor.batch_size = 4  # as on a GPU
+    model, extractor = with_backbone(LateDevice, batch_size=4)
     events.clear()
     items = [pictures(5, 32), pictures(6, 32, seed=1)]
     found = extractor.forward(items)
