@@ -228,12 +228,12 @@ def main() -> None:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     cv2.setNumThreads(1)
+    keep_freed_memory()  # as decoders do
     if options.serve:
         sys.path.insert(0, os.environ["INSIGHTTAG_TREE"])
         listed = json.loads(Path(options.serve).read_text(encoding="utf-8"))
         serve({name: (kind, Path(path)) for name, (kind, path) in listed.items()}, ours)
         return
-    keep_freed_memory()  # as decoders do
     with tempfile.TemporaryDirectory() as temporary:
         files = make(options.media or Path(temporary) / "media")
         listing = Path(temporary) / "files.json"

@@ -1,8 +1,8 @@
 """Picture files -> upright RGB pixels.
 
-Pillow reads the header and decodes nearly everything; OpenCV decodes whole JPEGs, stills of GIF,
-TIFF, and PNG of 16 bits, and scales. The structure of JPEG, PNG and GIF is walked here, to their
-end and no further.
+Pillow reads the header and decodes nearly everything; simplejpeg (libjpeg-turbo) decodes whole
+JPEGs; OpenCV decodes stills of GIF, TIFF, and PNG of 16 bits, and scales. The structure of JPEG,
+PNG and GIF is walked here, to their end and no further.
 
 Transparency is laid on white, or on black where it would vanish. Refused with the reason: files of
 which too much is missing, more pixels than allowed, what is no picture.
@@ -11,21 +11,19 @@ which too much is missing, more pixels than allowed, what is no picture.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import re
-import threading
 import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image
 from PIL.ExifTags import Base as Tag
 
@@ -45,14 +43,6 @@ At half of them small print is lost, and encoders get pictures that are enlarged
 most photographs would be decoded whole, at up to four times the cost. Not a setting: features must
 not depend on what else (OCR) a picture is decoded for.
 """
-
-_REDUCED = {
-    1: 0,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
-"""Part of a JPEG's size -> OpenCV's flag for it, of any colours."""
 
 _MAX_SCANS = 500
 """Scans of a JPEG: progressive ones have about ten, and each may cost a pass over all pixels.
@@ -457,46 +447,21 @@ def _decode_still(picture: _Picture) -> Pixels:
 def _decode_jpeg(picture: _Picture) -> Pixels | None:
     """Decode a JPEG as Pillow would, without its four copies of the pixels.
 
-    None where OpenCV cannot: Pillow says why, or knows the colours.
+    None where Pillow must: it knows other colours, and what damage makes a picture useless.
     """
     image = picture.image
     if image.mode not in ("RGB", "L"):
         return None
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    reduced = _REDUCED[_reduction(image.size, picture.side)]
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | reduced
-    with _silent_libjpeg():
-        pixels: Any = cv2.imdecode(np.frombuffer(picture.content, np.uint8), flags)
-    if pixels is None or _turn(image) is None:
-        return cast("Pixels | None", pixels)
+    factor = _reduction(image.size, picture.side)
+    # 0 is the whole: a tiny picture is as wide at 7/8 of its size.
+    width = -(-image.width // factor) if factor > 1 else 0
+    try:
+        pixels: Any = simplejpeg.decode_jpeg(picture.content, "RGB", min_width=width)
+    except ValueError:  # also for what libjpeg only warns of
+        return None
+    if _turn(image) is None:
+        return cast("Pixels", pixels)
     return np.asarray(_upright(Image.fromarray(pixels), image))
-
-
-_reading_stderr = threading.Lock()
-
-
-@lru_cache(maxsize=1)
-def _stderr_of_c() -> tuple[Any, int | None, int | None]:
-    """Return the variable in which C keeps its stderr, what is in it, and a file for nothing."""
-    libc = ctypes.CDLL(None)
-    libc.fopen.restype = ctypes.c_void_p
-    try:
-        variable = ctypes.c_void_p.in_dll(libc, "stderr")
-    except ValueError:  # not glibc
-        return ctypes.c_void_p(), None, None
-    return variable, variable.value, libc.fopen(b"/dev/null", b"w")
-
-
-@contextlib.contextmanager
-def _silent_libjpeg() -> Iterator[None]:
-    """Keep off stderr what libjpeg says of damage: it writes there itself, and OpenCV lets it."""
-    with _reading_stderr:  # before another thread has put nothing there
-        variable, stderr, nothing = _stderr_of_c()
-    variable.value = nothing
-    try:
-        yield
-    finally:
-        variable.value = stderr
 
 
 def _draft(image: Any, side: int) -> None:

@@ -49,7 +49,7 @@ from workers.protocol import (
 FORMAT = 1
 """Raise it when the meaning of entries changes: older ones are then never found."""
 
-_DECODERS = ("av", "opencv-python", "opencv-python-headless")
+_DECODERS = ("av", "opencv-python", "opencv-python-headless", "simplejpeg")
 
 
 class Keys:

@@ -139,6 +139,14 @@ def no_width() -> bytes:
     return bytes(data)
 
 
+def unknown_marker() -> bytes:
+    """A JPEG whose pixels are interrupted by a marker that the format does not have."""
+    data = encoded(".jpg", media.noise(200, 160))
+    at = data.index(b"\xff\xda") + 1000
+    data[at : at + 4] = b"\xff\xf1\x10\x00"
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -148,6 +156,7 @@ def no_width() -> bytes:
         ),
         (flipped_bit(), "broken PNG picture"),
         (no_width(), "broken JPEG picture"),
+        (unknown_marker(), "broken JPEG picture"),
         # A small file of a gigantic picture is refused by its header, without its memory.
         (png_of(60000, 60000), f"60000×60000 pixels are more than decode.max_pixels: {LIMIT}"),
     ],
@@ -203,6 +212,32 @@ def test_jpegs_are_what_pillow_decodes(tmp_path: Path, orientation: int, mode: s
     with Image.open(path) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     assert np.array_equal(one(path), expected)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1"])
+@pytest.mark.parametrize(("size", "factor"), [((3, 2), 1), ((1281, 1027), 2)])
+def test_jpegs_of_any_colours_are_what_pillow_decodes(
+    tmp_path: Path, size: tuple[int, int], factor: int, subsampling: str, progressive: bool
+) -> None:
+    """To the last bit at whole and reduced size, whatever the resolution of colours."""
+    pixels = cv2.resize(media.noise(15, 10), size, interpolation=cv2.INTER_CUBIC)
+    path = tmp_path / "a.jpg"
+    cv2.imwrite(
+        str(path),
+        pixels,
+        (
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{subsampling.replace(':', '')}"),
+            cv2.IMWRITE_JPEG_PROGRESSIVE,
+            int(progressive),
+        ),
+    )
+    with Image.open(path) as image:
+        image.draft(None, (size[0] // factor, size[1] // factor))
+        expected = np.asarray(image)
+    (decoded,) = read(path, side=size[0] // factor)
+    assert np.array_equal(decoded, expected)
 
 
 def test_large_pictures_are_scaled_nearly_as_by_averages() -> None:
