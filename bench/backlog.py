@@ -84,8 +84,8 @@ def measure(broker: BrokerName, prefetch: str, posts: int, folder: Path) -> Pass
         first, began = settled[SETTLED], time.monotonic()
         king = psutil.Process(site.king_pid)
         used = -sum(king.cpu_times()[:2])
-        while (left := posts - settled[SETTLED] + before) > 0:
-            print(f"\r{left:>8} left", end="", file=sys.stderr, flush=True)
+        while (remaining := posts - settled[SETTLED] + before) > 0:
+            print(f"\r{remaining:>8} left", end="", file=sys.stderr, flush=True)
             time.sleep(0.05)
         seconds, passed = time.monotonic() - began, settled[SETTLED] - first
         used += sum(king.cpu_times()[:2])

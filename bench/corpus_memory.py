@@ -271,36 +271,36 @@ def tree_bytes(process: psutil.Process) -> int:
 
 
 def run_size(
-    folder: Path, size: int, wanted: Callable[[str], bool], options: argparse.Namespace
+    folder: Path, size: int, is_chosen: Callable[[str], bool], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Run every script on one corpus."""
-    found = {}
+    runs = {}
     online_settings = settings(folder)
     with contextlib.ExitStack() as stack:
         write_media(folder / "m0")
         url = stack.enter_context(pictures(folder / "m0" / "p.png"))
         print(f"making {size:,} posts", flush=True)
-        corpus = make(folder / "corpus", size, url, with_features=wanted("build"))
+        corpus = make(folder / "corpus", size, url, with_features=is_chosen("build"))
         shutil.copy(folder / "settings.yaml", corpus.config)
         (corpus.folder / "out").mkdir()
-        if wanted("pull"):
+        if is_chosen("pull"):
             online = embedded.ensure(online_settings, ("mongo",))
             stack.callback(embedded.stop, online_settings)
             with MongoClient[dict[str, Any]](online["mongo"].url) as client:
                 fill(client, corpus)
         for name, command in scripts(corpus).items():
-            if wanted(name):
+            if is_chosen(name):
                 if name.startswith("extract ") and options.extract < size:
                     kind = cast("Kind", name.removeprefix("extract "))
                     extract_before(corpus, kind, size - options.extract)
-                found[name] = measure(name, command, size, options.limit_s)
-    return found
+                runs[name] = measure(name, command, size, options.limit_s)
+    return runs
 
 
-def summary(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def summary(runs_of: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return a row for each script: peaks, their growth, and by how many bytes a post."""
     rows = []
-    for name, runs in found.items():
+    for name, runs in runs_of.items():
         whole = [run for run in runs if not run["exit"]]
         if not whole:
             rows.append(
@@ -339,15 +339,15 @@ def main() -> int:
     parser.add_argument("--name", default="corpus_memory")
     options = parser.parse_args()
 
-    def wanted(name: str) -> bool:
+    def is_chosen(name: str) -> bool:
         return not options.only or any(name.startswith(each) for each in options.only)
 
-    found: dict[str, list[dict[str, Any]]] = {}
+    runs_of: dict[str, list[dict[str, Any]]] = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory(prefix="insighttag-memory-") as name:
-            for script, run in run_size(Path(name), size, wanted, options).items():
-                found.setdefault(script, []).append(run)
-        rows = summary(found)
+            for script, run in run_size(Path(name), size, is_chosen, options).items():
+                runs_of.setdefault(script, []).append(run)
+        rows = summary(runs_of)
         write_results(options.name, 1, rows, options.out)
     for row in rows:
         peaks = "  ".join(f"{run['posts']:>7,}: {run['peak_mb']:7.1f} MB" for run in row["runs"])

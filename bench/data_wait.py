@@ -51,14 +51,18 @@ def write_posts(folder: Path, count: int) -> None:
     with progress_bar("write features", count + VALID) as bar:
         for i in range(count + VALID):
             arrays, tags = kinds[i % _KINDS]
-            there: dict[Modality, Any] = {m: "ok" if m in arrays else "missing" for m in MODALITIES}
-            found = Features(f"post{i:07}", arrays, there)
-            path = feature_path(folder / "features", found.post_id)
+            statuses: dict[Modality, Any] = {
+                m: "ok" if m in arrays else "missing" for m in MODALITIES
+            }
+            features = Features(f"post{i:07}", arrays, statuses)
+            path = feature_path(folder / "features", features.post_id)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(features_bytes(found, fingerprints))
+            path.write_bytes(features_bytes(features, fingerprints))
             labels = [LABELS.names[tag] for tag in tags]
             at = str(path.relative_to(folder))
-            entries.append(json.dumps({"post_id": found.post_id, "labels": labels, "features": at}))
+            entries.append(
+                json.dumps({"post_id": features.post_id, "labels": labels, "features": at})
+            )
             bar.advance()
     (folder / "valid.json").write_text("[" + ",\n".join(entries[count:]) + "]")
     (folder / "all.jsonl").write_text("\n".join(entries[:count]))
@@ -148,8 +152,8 @@ def run(folder: Path, count: int, changes: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [*command, "--set", json.dumps(changes)], stdout=subprocess.PIPE, text=True, check=True
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def main() -> int:

@@ -211,9 +211,9 @@ def _measure(inferer: Any, layout: Layout, posts: Sequence[Post]) -> tuple[float
     ]
     inferer.predict(features[:64])  # warms up
     started = time.process_time()
-    found = inferer.predict(features)
+    predictions = inferer.predict(features)
     seconds = time.process_time() - started
-    scores = np.stack([tags.scores for tags in found])
+    scores = np.stack([tags.scores for tags in predictions])
     gap = metrics.global_average_precision(scores, truth)
     return gap, metrics.mean_average_precision(scores, truth), seconds
 
@@ -249,7 +249,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 def run_all(jobs: Sequence[Job], processes: int) -> list[Run]:
     """Run every job, in processes of one thread each; the order of the results is the jobs'."""
-    found: dict[Job, Run] = {}
+    runs: dict[Job, Run] = {}
     context = multiprocessing.get_context("spawn")  # forked threads of torch may hang
     with (
         progress_bar("fusion zoo", len(jobs)) as bar,
@@ -257,11 +257,11 @@ def run_all(jobs: Sequence[Job], processes: int) -> list[Run]:
     ):
         running = {pool.submit(train_one, job): job for job in jobs}
         for future in as_completed(running):
-            run = found[running[future]] = future.result()
+            run = runs[running[future]] = future.result()
             note = f"{run.model} {run.learning_rate:g} valid {run.valid_gap:.4f}"
-            bar.update(len(found), note)
+            bar.update(len(runs), note)
             notice(f"  {note} gap {run.gap:.4f} {run.train_s:.0f} s")
-    return [found[job] for job in jobs]
+    return [runs[job] for job in jobs]
 
 
 def main() -> int:

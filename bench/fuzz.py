@@ -191,7 +191,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
         outcome = outcome_of(site, messages)
         queue_left = site.queue_left()
         site.stop_king()
-        left = site.spool_files() + queue_left
+        leftovers = site.spool_files() + queue_left
         lies = site.lies()
     finally:
         site.close()
@@ -214,9 +214,11 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
     for each in lost[:20]:
         console.print(f"lost: {each}", markup=False)
     seconds = time.monotonic() - started
-    console.print(f"{seconds:.0f} s, seed {options.seed}, {left} files and messages left behind")
+    console.print(
+        f"{seconds:.0f} s, seed {options.seed}, {leftovers} files and messages left behind"
+    )
     console.print(f"written to {write_results('fuzz', 1, results, options.out)}", soft_wrap=True)
-    good = lies > 0 and not (site.deaths or outcome.open or outcome.untyped or left or lost)
+    good = lies > 0 and not (site.deaths or outcome.open or outcome.untyped or leftovers or lost)
     return 0 if good and results["memory_growth"] < _GROWTH_LIMIT else 1
 
 

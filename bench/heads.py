@@ -120,10 +120,10 @@ def measure(
         for rate in (options.rates[:1] if model == PROBE else options.rates)
     ]
     best: dict[tuple[int, str], Run] = {}
-    for found in run(rates, f"{name}: rates"):
-        key = found.job.seed, found.job.model
-        best[key] = max(best.get(key, found), found, key=of_valid)
-    trained = [found.job for found in best.values() if found.job.model != PROBE]
+    for trial in run(rates, f"{name}: rates"):
+        key = trial.job.seed, trial.job.model
+        best[key] = max(best.get(key, trial), trial, key=of_valid)
+    trained = [trial.job for trial in best.values() if trial.job.model != PROBE]
     cells = [replace(job, ema=options.ema) for job in trained if options.ema]
     cells += [replace(job, loss=it) for job in trained for it in others]
     return [*best.values(), *run(cells, f"{name}: losses")]
@@ -245,8 +245,8 @@ def train_one(job: Job, until: float = math.inf) -> Run | None:
         [files.features(p["post_id"], Path(p["features"]), inferer.fingerprints) for p in posts]
     )
     shutil.rmtree(out)
-    found = figures(scores, truth)
-    run = {"valid": report.metrics["gap"], "gap": found["gap"], "mean_ap": found["map"]}
+    measured = figures(scores, truth)
+    run = {"valid": report.metrics["gap"], "gap": measured["gap"], "mean_ap": measured["map"]}
     write_whole(file, json.dumps(run))
     return Run(job, **run)
 

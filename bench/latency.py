@@ -103,9 +103,9 @@ def measure(options: argparse.Namespace, case: Any, made: Workload, place: Site,
         for share in LOADS:
             ids = place.insert(posts(number))
             gaps_s = chance.exponential(1 / (share * rate), len(ids)).tolist()
-            found = percentiles(latencies_ms(place, ids, gaps_s))
-            over = found["p95_ms"] / alone["p50_ms"]
-            row = {"rate_hz": share * rate} | found | {"p95_over_alone": over}
+            figures = percentiles(latencies_ms(place, ids, gaps_s))
+            over = figures["p95_ms"] / alone["p50_ms"]
+            row = {"rate_hz": share * rate} | figures | {"p95_over_alone": over}
             rounds.setdefault(f"{share:.0%} load", []).append(row)
     return [_row(options, case, load, rows, number) for load, rows in rounds.items()]
 

@@ -89,8 +89,8 @@ def write_features(corpus: Corpus) -> None:
         post_id = f"p{i:07}"
         path = feature_path(corpus.features, post_id)
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = Features(post_id=post_id, arrays={"text": text}, statuses={"text": "ok"})
-        path.write_bytes(features_bytes(found, {"text": "0" * 16}))
+        features = Features(post_id=post_id, arrays={"text": text}, statuses={"text": "ok"})
+        path.write_bytes(features_bytes(features, {"text": "0" * 16}))
 
 
 def write_earlier(corpus: Corpus, url: str) -> None:

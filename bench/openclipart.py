@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = {"fusion": [scores[i : i + FOLDS] for i in range(0, len(scores), FOLDS)]}
         if split == "author":
             rows |= linear_models(folders, options.jobs)
-        results += [summary(split, name, found) for name, found in rows.items()]
+        results += [summary(split, name, seeds) for name, seeds in rows.items()]
     show(results)
     if options.choose:
         return 0
@@ -133,8 +133,8 @@ def make_posts(source: Path, work: Path, count: int) -> list[Any]:
         if count:
             entries = json.loads(file.read_text(encoding="utf-8"))
             file.write_text(json.dumps(random.Random(0).sample(entries, count)), encoding="utf-8")
-    found: list[Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    chosen: list[Any] = json.loads(file.read_text(encoding="utf-8"))
+    return chosen
 
 
 def extract(work: Path, labels: LabelMap) -> None:
@@ -151,8 +151,8 @@ def extract(work: Path, labels: LabelMap) -> None:
         file = folder / "posts" / posts
         if posts == "tags.json":
             file.write_text(json.dumps(tag_sentences(tag_texts(labels))), encoding="utf-8")
-        given = ("--input", file, "--features", folder / out)
-        script(ROOT / "scripts" / f"extract_{kind}_features.py", *given, *PRESET, *PADDED)
+        paths = ("--input", file, "--features", folder / out)
+        script(ROOT / "scripts" / f"extract_{kind}_features.py", *paths, *PRESET, *PADDED)
 
 
 def author_of(entry: Mapping[str, Any]) -> str:
@@ -403,13 +403,13 @@ def side_by_side(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 def run_all(jobs: Sequence[Job], processes: int) -> list[dict[str, float]]:
     """Return the figures of every job, in their order."""
-    found = []
+    results = []
     with progress_bar("fusion", len(jobs)) as bar, side_by_side(processes) as each:
         for result in each(score, jobs):
-            found.append(figures(result["scores"], result["truth"]))
-            bar.update(len(found), f"gap {found[-1]['gap']:.4f}")
-            notice(f"  {jobs[len(found) - 1].folder.name} {found[-1]}")
-    return found
+            results.append(figures(result["scores"], result["truth"]))
+            bar.update(len(results), f"gap {results[-1]['gap']:.4f}")
+            notice(f"  {jobs[len(results) - 1].folder.name} {results[-1]}")
+    return results
 
 
 def figures(scores: npt.NDArray[Any], truth: npt.NDArray[Any]) -> dict[str, float]:
@@ -425,11 +425,11 @@ def linear_models(
     """Return the figures of linear models for every fold, as those of one seed."""
     folds = []
     with progress_bar("linear models", len(folders)) as bar, side_by_side(processes) as each:
-        for found in each(linear_models_of, folders):
-            folds.append(found)
+        for models in each(linear_models_of, folders):
+            folds.append(models)
             bar.advance()
-            notice(f"  {folders[len(folds) - 1].name} {found}")
-    return {name: [[found[name] for found in folds]] for name in folds[0]}
+            notice(f"  {folders[len(folds) - 1].name} {models}")
+    return {name: [[models[name] for models in folds]] for name in folds[0]}
 
 
 def linear_models_of(folder: Path) -> dict[str, dict[str, float]]:
@@ -439,12 +439,12 @@ def linear_models_of(folder: Path) -> dict[str, dict[str, float]]:
         "scikit-learn: TF-IDF": ("tfidf",),
         "scikit-learn: all": ("image", "sentence", "tfidf"),
     }
-    labels, found = LabelMap.load(folder / "labels.json"), {}
+    labels, figures_of = LabelMap.load(folder / "labels.json"), {}
     learned, test = (read_side(folder, side, labels) for side in ("train", "test"))
     for name, parts in inputs.items():
         rows, tested = (np.hstack([side[part] for part in parts]) for side in (learned, test))
-        found[name] = figures(probe(rows, learned["truth"], tested), test["truth"])
-    return found
+        figures_of[name] = figures(probe(rows, learned["truth"], tested), test["truth"])
+    return figures_of
 
 
 def probe(learned: Floats, truth: Floats, test: Floats) -> npt.NDArray[np.float64]:

@@ -66,16 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     truth = truth_of(entries, labels)
     row_of = {entry["post_id"]: row for row, entry in enumerate(entries)}
     pictures = hog(entries, options.work)
-    found: dict[str, list[dict[str, float]]] = {}
+    folds_of: dict[str, list[dict[str, float]]] = {}
     for number, sides in enumerate(split_posts(entries, "author")):
         learned, test = (
             np.array([row_of[entry["post_id"]] for entry in sides[side]])
             for side in ("train", "test")
         )
         for name, logits in scored(entries, pictures, truth, learned, test).items():
-            found.setdefault(name, []).append(figures(logits, truth[test]))
-            notice(f"fold {number} {name}: {found[name][-1]}")
-    results = [summary("author", name, [folds]) for name, folds in found.items()]
+            folds_of.setdefault(name, []).append(figures(logits, truth[test]))
+            notice(f"fold {number} {name}: {folds_of[name][-1]}")
+    results = [summary("author", name, [folds]) for name, folds in folds_of.items()]
     show(results)
     facts = {"posts": len(entries), "tags": len(labels)}
     file = write_results("openclipart_no_weights", 1, [facts, *results], options.out)
@@ -129,8 +129,8 @@ def scored(
             return Sample(str(row), has, truth[row])
 
         collate = Collate(schema)
-        found = model.solutions([collate([sample(row) for row in learned])])
-        for _ in found or ():
+        solutions = model.solutions([collate([sample(row) for row in learned])])
+        for _ in solutions or ():
             pass  # without validation the last solution counts
         with torch.inference_mode():
             logits: Rows = model.eval()(collate([sample(row) for row in test])).numpy()

@@ -61,7 +61,7 @@ class Pass:
 
 def documents(count: int, url: str) -> list[dict[str, Any]]:
     """Return the demo's posts as the database holds them, their media on the server."""
-    found: list[dict[str, Any]] = []
+    posts: list[dict[str, Any]] = []
     for split in SPLITS:
         entries = json.loads((ROOT / "posts" / split / "posts.json").read_text(encoding="utf-8"))
         for entry in entries:
@@ -69,10 +69,10 @@ def documents(count: int, url: str) -> list[dict[str, Any]]:
                 kind: [f"{url}/{split}/{name}" for name in entry[kind]]
                 for kind in ("images", "videos", "audios")
             }
-            found.append({"_id": entry["post_id"], "text": entry["text"], **media})
-    if len(found) < count:
-        raise SystemExit(f"the demo has {len(found)} posts")
-    return found[:count]
+            posts.append({"_id": entry["post_id"], "text": entry["text"], **media})
+    if len(posts) < count:
+        raise SystemExit(f"the demo has {len(posts)} posts")
+    return posts[:count]
 
 
 class Bench:
@@ -193,9 +193,9 @@ def measure(count: int, more: Sequence[str]) -> dict[str, Any]:
 
 def _both(bench: Bench, child: Any, count: int) -> tuple[Pass, Pass]:
     with media_server(ROOT / "posts") as url:
-        found = documents(count + WARM_UP, url)
-        bench.posts.insert_many(found)
-        warm, ids = [d["_id"] for d in found[:WARM_UP]], [d["_id"] for d in found[WARM_UP:]]
+        posts = documents(count + WARM_UP, url)
+        bench.posts.insert_many(posts)
+        warm, ids = [d["_id"] for d in posts[:WARM_UP]], [d["_id"] for d in posts[WARM_UP:]]
 
         def publish(some: Sequence[str]) -> None:
             publish_posts(bench.online.broker, [PostMessage(i, force=True) for i in some])

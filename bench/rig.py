@@ -134,8 +134,8 @@ class Site:
     def results(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the results of those that have one."""
         path = self.settings.store.result_path
-        found = self._client.posts.find({"_id": {"$in": list(ids)}})
-        return {str(post["_id"]): post[path] for post in found if post.get(path)}
+        posts = self._client.posts.find({"_id": {"$in": list(ids)}})
+        return {str(post["_id"]): post[path] for post in posts if post.get(path)}
 
     def tagged(self, ids: Sequence[str]) -> int:
         """Count those that have a result."""

@@ -59,12 +59,12 @@ def memory(site: Site) -> dict[str, tuple[int, float, float]]:
     pids = {"king": king} if king else {}
     for view in site.health.get("workers", []):
         pids[str(view["name"])] = view["pid"]
-    found = {}
+    usage = {}
     for name, pid in pids.items():
         if pid is not None:
             anonymous, resident = (_status_mib(pid, key) for key in ("RssAnon", "VmRSS"))
-            found[name] = (pid, anonymous, resident)
-    return found
+            usage[name] = (pid, anonymous, resident)
+    return usage
 
 
 def _status_mib(pid: int, key: str) -> float:

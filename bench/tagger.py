@@ -95,8 +95,8 @@ class Tagger:
     def tag(self, ids: Sequence[str]) -> int:
         """Read, tag and write posts; gives their number."""
         settings = self._settings.store
-        found = self._posts.find({"_id": {"$in": list(ids)}})
-        posts = [read_post(str(each["_id"]), each, settings.fields) for each in found]
+        stored = self._posts.find({"_id": {"$in": list(ids)}})
+        posts = [read_post(str(each["_id"]), each, settings.fields) for each in stored]
         features = self.features(posts)
         tags = {each.post_id: each for each in self.fuse([f for f in features if f.arrays])}
         writes = []

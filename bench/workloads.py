@@ -77,8 +77,8 @@ def workload(
     if name == "realistic":
         features = {"preset": "small", "audio": {"weights": "random:0"}}
     if name == "demo":
-        given = ["features.video.weights=random:0", "features.audio.weights=random:0"]
-        settings = load_settings(ROOT / "config" / "demo.yaml", given)
+        overrides = ["features.video.weights=random:0", "features.audio.weights=random:0"]
+        settings = load_settings(ROOT / "config" / "demo.yaml", overrides)
         features = settings.features.model_dump()
     extractors = ["video", "image", "audio", "text", *(["ocr"] if name != "tiny" else [])]
     group = {"extractors": extractors, "processes": 1 if name == "tiny" else 2, "threads": 1}

@@ -55,9 +55,9 @@ class Bench:
     def data(self, name: str, rows: Sequence[int], names: Sequence[str]) -> Path:
         """Write some posts, with the labels of these names only."""
         chosen = [self.entries[row] for row in rows]
-        kept = [{**e, "labels": [x for x in e["labels"] if x in names]} for e in chosen]
+        entries = [{**e, "labels": [x for x in e["labels"] if x in names]} for e in chosen]
         path = self.work / f"{name}.json"
-        path.write_text(json.dumps(kept), encoding="utf-8")
+        path.write_text(json.dumps(entries), encoding="utf-8")
         return path
 
     def command(self, *arguments: str, tags: Sequence[str], **more: Any) -> Path:
@@ -65,9 +65,9 @@ class Bench:
         out = self.work / f"bundle{len(list(self.work.iterdir()))}"
         file = self.work / "tags.yaml"
         file.write_text(yaml.safe_dump({"tags": list(tags), **more}), encoding="utf-8")
-        given = [*arguments, "--tags", str(file), "--out", str(out), *ENCODERS]
-        if cli.run(given):
-            raise SystemExit(f"insighttag {' '.join(given)} failed")
+        words = [*arguments, "--tags", str(file), "--out", str(out), *ENCODERS]
+        if cli.run(words):
+            raise SystemExit(f"insighttag {' '.join(words)} failed")
         return out
 
     def scores(self, bundle: Path, rows: Sequence[int]) -> tuple[Scores, npt.NDArray[np.bool_]]:
@@ -140,13 +140,13 @@ class Bench:
         whole = self.trained("whole", rows, names, start)
         part = self.trained("part", rows, seen, start)
         grown = self.command("bundle", "add-tags", str(part), tags=[names[i] for i in hidden])
-        found: dict[str, Any] = {"hidden": [names[i] for i in hidden], "posts": len(measured)}
+        result: dict[str, Any] = {"hidden": [names[i] for i in hidden], "posts": len(measured)}
         for key, bundle in {"zero-shot": start, "trained on all": whole, "added": grown}.items():
-            found[key] = figures(*self.scores(bundle, measured), hidden)
-        found["ratio"] = round(
-            found["added"]["map_hidden"] / found["trained on all"]["map_hidden"], 4
+            result[key] = figures(*self.scores(bundle, measured), hidden)
+        result["ratio"] = round(
+            result["added"]["map_hidden"] / result["trained on all"]["map_hidden"], 4
         )
-        return found
+        return result
 
 
 def figures(
@@ -155,10 +155,10 @@ def figures(
     """Return GAP@20 and mAP; of the hidden tags their mAP, too."""
     meter, precisions = GapMeter(), average_precisions(scores, truth)
     meter.add(scores, truth)
-    found = {"gap": round(meter.value(), 4), "map": round(float(np.nanmean(precisions)), 4)}
+    result = {"gap": round(meter.value(), 4), "map": round(float(np.nanmean(precisions)), 4)}
     if hidden is not None:
-        found["map_hidden"] = round(float(np.nanmean(precisions[hidden])), 4)
-    return found
+        result["map_hidden"] = round(float(np.nanmean(precisions[hidden])), 4)
+    return result
 
 
 def main() -> int:

@@ -28,32 +28,32 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not _BF16_FLAGS.isdisjoint(flags.split())
 
 
-def resolve_precision(wanted: Precision, device: str, *, setting: str) -> Arithmetic:
+def resolve_precision(precision: Precision, device: str, *, setting: str) -> Arithmetic:
     """Return the arithmetic on a device (``cpu`` or ``cuda:N``); ``auto`` is decided here.
 
     Raises ConfigError, naming the setting, when the device cannot do what is wanted.
     """
-    if wanted == "auto":
+    if precision == "auto":
         if device == "cpu":
             return "bf16" if cpu_has_bf16() else "fp32"
         import torch
 
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if wanted == "fp16" and device == "cpu":
+    if precision == "fp16" and device == "cpu":
         raise ConfigError(f"{setting}: fp16 needs a CUDA device; use auto, bf16 or fp32 on the CPU")
-    return wanted
+    return precision
 
 
 def require_device(device: str) -> torch.device:
     """Return a torch device; ConfigError when this machine does not have it."""
     import torch
 
-    wanted = torch.device(device)
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device {device}: this machine has {torch.cuda.device_count()} CUDA devices"
         )
-    return wanted
+    return chosen
 
 
 def set_threads(threads: int | None) -> None:

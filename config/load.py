@@ -260,11 +260,11 @@ def given_options(options: object, keys: Mapping[str, str]) -> dict[str, Any]:
 
 
 def layered(
-    model: type[Model], path: Path | None, default: Path, given: dict[str, Any], sets: list[str]
+    model: type[Model], path: Path | None, default: Path, options: dict[str, Any], sets: list[str]
 ) -> Model:
     """Return settings out of a YAML file, then options, then ``--set``; each is checked."""
     file = path or default
     from_file = read_yaml(file) if path is not None or file.exists() else {}
     validate(model, from_file, str(file))  # so that a mistake is blamed on the right source
-    validate(model, merge(from_file, given), "options")
-    return validate(model, merge(from_file, given, parse_overrides(sets)), "--set")
+    validate(model, merge(from_file, options), "options")
+    return validate(model, merge(from_file, options, parse_overrides(sets)), "--set")

@@ -88,7 +88,7 @@ def _services(settings: Settings, *, keep: bool) -> Iterator[Settings]:
     try:
         yield embedded.resolve(settings)
     finally:
-        if not keep and not before and embedded.wanted(settings):
+        if not keep and not before and embedded.configured(settings):
             embedded.stop(settings)
 
 

@@ -164,10 +164,10 @@ def publish_and_wait(
     with progress_bar("posts tagged", len(ids)) as bar:
         while len(results) < len(ids):
             alive(child, log)
-            found = box.results(ids)
-            if len(found) > len(results):
+            latest_results = box.results(ids)
+            if len(latest_results) > len(results):
                 latest = time.monotonic()
-            results = found
+            results = latest_results
             bar.update(len(results))
             if time.monotonic() - latest > STALL_TIMEOUT_S:
                 missing = len(ids) - len(results)

@@ -302,7 +302,7 @@ def ensure(settings: Settings, names: Sequence[str] = tuple(KINDS)) -> dict[str,
     return {name: services[name] for name in names}
 
 
-def wanted(settings: Settings) -> tuple[str, ...]:
+def configured(settings: Settings) -> tuple[str, ...]:
     """Return the services that these settings ask for."""
     asked = {"redis": settings.broker.url, "mongo": settings.store.url}
     return tuple(name for name, url in asked.items() if url.startswith(SCHEME))
@@ -315,14 +315,14 @@ def resolve(settings: Settings, names: Sequence[str] = tuple(KINDS)) -> Settings
         settings: As configured.
         names: The services that are needed; others are not started, and keep their URL.
     """
-    needed = tuple(name for name in wanted(settings) if name in names)
+    needed = tuple(name for name in configured(settings) if name in names)
     return _with_urls(settings, ensure(settings, needed)) if needed else settings
 
 
 def peek(settings: Settings) -> Settings:
     """Resolve, but start nothing: a service that is down keeps its ``embedded://`` URL."""
     recorded = _read(settings.embedded.folder.resolve())
-    names = (n for n in wanted(settings) if n in recorded and recorded[n].running())
+    names = (n for n in configured(settings) if n in recorded and recorded[n].running())
     return _with_urls(settings, {name: recorded[name] for name in names})
 
 
@@ -342,7 +342,7 @@ def revive(settings: Settings) -> tuple[str, ...]:
     One that was stopped by a person is left alone: stopping takes it out of `services.json`.
     """
     recorded = _read(settings.embedded.folder.resolve())
-    dead = tuple(n for n in wanted(settings) if n in recorded and not recorded[n].running())
+    dead = tuple(n for n in configured(settings) if n in recorded and not recorded[n].running())
     if dead:
         ensure(settings, dead)
     return dead

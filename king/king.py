@@ -141,8 +141,8 @@ class King:
         if self._died is not None:
             name, error = self._died
             if isinstance(error, TaggingError):  # said in one line, where a bug has a traceback
-                kept = isinstance(error, ConfigError) and not served
-                raise error if kept else RetryableError(one_line(error)) from error
+                is_mistake = isinstance(error, ConfigError) and not served
+                raise error if is_mistake else RetryableError(one_line(error)) from error
             log.error("king.thread_died", thread=name, exc_info=error)
             return 1
         if (refused := self.status.refused) is not None:

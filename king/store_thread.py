@@ -168,7 +168,7 @@ class Room:
         return cls(media_in_work + media_in_work // _GATHERED_SHARE, most_waiting)
 
     @property
-    def left(self) -> int:
+    def free(self) -> int:
         """Return how many posts with media may begin."""
         return self.most_with_media - len(self._with_media)
 
@@ -176,7 +176,7 @@ class Room:
         """Take a post in, unless it has to wait; one that was taken in before is admitted again."""
         if post.post_id in self._chars:
             return True
-        if (post.media and self.left < 1) or self._sum_of_chars > _MOST_TEXT_CHARS:
+        if (post.media and self.free < 1) or self._sum_of_chars > _MOST_TEXT_CHARS:
             return False
         if post.media:
             self._with_media.add(post.post_id)
@@ -209,7 +209,7 @@ class StoreInbox:
         self._in_flight = in_flight
         self._items: deque[_Item] = deque()
         self._arrived = threading.Condition()
-        self._wanted = 0  # items that are gathered before the store thread wakes up
+        self._wake_at = 0  # items that are gathered before the store thread wakes up
         self._busy = False
 
     def deliver(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
@@ -240,7 +240,7 @@ class StoreInbox:
     def _put(self, items: Sequence[_Item]) -> None:
         with self._arrived:
             self._items.extend(items)
-            if len(self._items) >= self._wanted:  # a wake-up for each item would cost as a batch
+            if len(self._items) >= self._wake_at:  # a wake-up for each item would cost as a batch
                 self._arrived.notify()
 
     def wake(self) -> None:
@@ -276,9 +276,9 @@ class StoreInbox:
             return [self._items.popleft() for _ in range(min(len(self._items), limit))]
 
     def _wait_for(self, count: int, wait_s: float) -> None:
-        self._wanted = count
+        self._wake_at = count
         self._arrived.wait_for(lambda: len(self._items) >= count, wait_s)
-        self._wanted = 0
+        self._wake_at = 0
 
     def done(self) -> None:
         """Note that the latest batch is worked off."""
@@ -434,9 +434,9 @@ class StoreThread:
         now = time.monotonic()
         claims += [claim for until, claim in self._parked if until <= now or self._draining]
         self._parked = [] if self._draining else [p for p in self._parked if p[0] > now]
-        left = len(self._waiting) if self._draining else self._room.left
-        claims = self._waiting[:left] + claims
-        del self._waiting[:left]
+        count = len(self._waiting) if self._draining else self._room.free
+        claims = self._waiting[:count] + claims
+        del self._waiting[:count]
         if not claims:
             return
         if self._draining:

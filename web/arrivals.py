@@ -166,12 +166,12 @@ class ArrivalsWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             self._start_long()
         try:
             is_kept = bool(fs.result()) and self.alive
-            left = conn.parser.unreader.take_buffered() if is_kept else b""
+            buffered = conn.parser.unreader.take_buffered() if is_kept else b""
         except Exception:  # noqa: BLE001 - the thread has logged it
             is_kept = False
         if is_kept:
-            limit_s = self.http.header_timeout_s if left else self.cfg.keepalive
-            self._await_request(conn, limit_s, left)
+            limit_s = self.http.header_timeout_s if buffered else self.cfg.keepalive
+            self._await_request(conn, limit_s, buffered)
         else:
             self._say_goodbye(conn)
 

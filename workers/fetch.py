@@ -238,7 +238,7 @@ class Fetcher:
         self._guard = Guard(allow_private=settings.allow_private_hosts)
         agent = _CONTROLS.sub(" ", settings.user_agent).encode("latin-1", "replace")
         self._head = b"User-Agent: %s\r\nAccept: */*\r\nAccept-Encoding: identity\r\n" % agent
-        self._kept: dict[_Host, _TimedSocket] = {}  # the one used last comes last
+        self._idle: dict[_Host, _TimedSocket] = {}  # the one used last comes last
 
     @functools.cached_property  # reading the authorities takes longer than a small download
     def _tls(self) -> ssl.SSLContext:
@@ -274,8 +274,8 @@ class Fetcher:
                 time.sleep(_PAUSE_S)
 
     def close(self) -> None:
-        while self._kept:
-            self._kept.popitem()[1].close()
+        while self._idle:
+            self._idle.popitem()[1].close()
 
     def _try(self, url: str, target: Path) -> Fetched:
         try:
@@ -328,13 +328,13 @@ class Fetcher:
 
     def _connected(self, host: _Host) -> _TimedSocket:
         """Return a connection to a host, a kept one if the server has not closed it."""
-        kept = self._kept.pop(host, None)
-        if kept is not None:
+        idle = self._idle.pop(host, None)
+        if idle is not None:
             poller = select.poll()
-            poller.register(kept, select.POLLIN)
+            poller.register(idle, select.POLLIN)
             if not poller.poll(0):  # it has nothing to say unasked
-                return kept
-            kept.close()
+                return idle
+            idle.close()
         scheme, name, port = host
         plain = self._guard.connect(name, port, self._settings.connect_timeout_s, _OPTIONS)
         sock = _TimedSocket(fileno=plain.detach())
@@ -359,9 +359,9 @@ class Fetcher:
             raise
 
     def _keep(self, host: _Host, sock: _TimedSocket) -> None:
-        self._kept[host] = sock
-        if len(self._kept) > _MOST_KEPT:
-            self._kept.pop(next(iter(self._kept))).close()
+        self._idle[host] = sock
+        if len(self._idle) > _MOST_KEPT:
+            self._idle.pop(next(iter(self._idle))).close()
 
     def _ask(self, sock: _TimedSocket, request: bytes, response: http.client.HTTPResponse) -> None:
         """Send a request, and read the answer up to its body."""

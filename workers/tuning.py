@@ -236,7 +236,7 @@ def candidates(
         return max(1, math.ceil(needed - 0.001))
 
     rule = quick_rule(settings, host)
-    found: dict[str, Values] = {"rule": rule}
+    placements: dict[str, Values] = {"rule": rule}
     for name, threads in (("processes", 1), ("threads", 2)):
         groups = []
         if host.gpus:
@@ -252,9 +252,9 @@ def candidates(
             "decode": {"processes": number("decode")},
             "workers": {"extractors": groups, "slots": slots_for(settings, host)},
         }
-        if all(values["workers"] != each["workers"] for each in found.values()):
-            found[name] = values
-    return found
+        if all(values["workers"] != each["workers"] for each in placements.values()):
+            placements[name] = values
+    return placements
 
 
 def _split(device: str, names: Sequence[str], cores: int, threads: int) -> dict[str, Any]:

@@ -46,8 +46,8 @@ class Audit:
     def rows(self) -> int:
         """Return the number of results that were written up to now."""
         with self._open() as database:
-            found = database.execute("SELECT max(number) FROM chaos_audit").fetchone()
-        return int(found[0] or 0)
+            row = database.execute("SELECT max(number) FROM chaos_audit").fetchone()
+        return int(row[0] or 0)
 
     def tagged_twice(self) -> set[str]:
         """Return posts whose result was changed after they had been tagged, by the same bundle."""

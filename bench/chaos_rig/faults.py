@@ -107,10 +107,10 @@ def _stop_king(site: Site, _rng: random.Random) -> Hurt:
 def _terminate_king(site: Site, _rng: random.Random) -> Hurt:
     """Send SIGTERM under load; then start it again."""
     status, seconds = site.stop_king()
-    left = len(list(site.direct.fetch.spool.glob("king-*")))
+    folders = len(list(site.direct.fetch.spool.glob("king-*")))
     site.start_king()
     wrong = [f"exit {status}"] if status else []
-    wrong += [f"{left} spool folders"] if left else []
+    wrong += [f"{folders} spool folders"] if folders else []
     # The drain limit is for the posts; the flush of what was given back and the joins follow it.
     if seconds > site.direct.king.drain_timeout_s:
         wrong.append("past the drain limit")
@@ -203,9 +203,9 @@ def _refuse_writes(site: Site, rng: random.Random) -> Hurt:
         site.database_proxy.refuse_writes(collection, code, times=2)
         while site.database_proxy.refusals_left and time.monotonic() < end:
             time.sleep(0.01)
-    left = site.database_proxy.refusals_left
+    unseen = site.database_proxy.refusals_left
     site.database_proxy.refuse_writes("", 0, times=0)
-    return Hurt(time.time(), note=f"{left} writes were not seen" if left else "")
+    return Hurt(time.time(), note=f"{unseen} writes were not seen" if unseen else "")
 
 
 def _memory_alarm(site: Site) -> AbstractContextManager[None]:

@@ -66,15 +66,15 @@ class Watch:
         """Return living descendants of this process but for those allowed; reap the dead."""
         end = time.monotonic() + wait_s
         while True:
-            left = []
+            alive = []
             for process in _descendants():
                 with contextlib.suppress(psutil.Error):
                     if process.status() == psutil.STATUS_ZOMBIE:
                         _reap(process.pid, allowed)
                     elif process.pid not in allowed:
-                        left.append(f"{process.pid} {process.name()}")
-            if not left or time.monotonic() > end:
-                return left
+                        alive.append(f"{process.pid} {process.name()}")
+            if not alive or time.monotonic() > end:
+                return alive
             time.sleep(0.2)
 
     def segments(self) -> list[str]:
@@ -86,8 +86,8 @@ class Watch:
         held = set[int]()
         for process in psutil.process_iter():
             held |= _shared_memory(process.pid)[0]
-        left = [f"memfd {inode}" for inode in sorted(held & self._arenas)]
-        return left + sorted((_shm_files() - self._shm) & self._files)
+        arenas = [f"memfd {inode}" for inode in sorted(held & self._arenas)]
+        return arenas + sorted((_shm_files() - self._shm) & self._files)
 
     @property
     def arenas(self) -> int:
@@ -133,10 +133,10 @@ def _shared_memory(pid: int) -> tuple[set[int], set[str]]:
 
 def _shm_files() -> set[str]:
     """Return this user's files in ``/dev/shm``."""
-    found = set[str]()
+    names = set[str]()
     with contextlib.suppress(OSError):
         for path in Path("/dev/shm").iterdir():
             with contextlib.suppress(OSError):
                 if path.stat().st_uid == os.getuid():
-                    found.add(str(path))
-    return found
+                    names.add(str(path))
+    return names

@@ -178,13 +178,13 @@ class Run:
     def _finish(self, site: Site, feeder: Feeder) -> None:
         """Wait until all posts have come to an end and nothing is under way, twice in a row."""
         end = time.monotonic() + self._plan.limit_s
-        wanted = set(self._ids)
+        ids = set(self._ids)
         quiet = 0
         while time.monotonic() < end and quiet < 2:
             time.sleep(1.0)
             self._tell(site.journal.ended, "finishing")
             idle = feeder.empty and site.health.get("in_flight") == 0
-            done = idle and wanted <= set(site.ends())
+            done = idle and ids <= set(site.ends())
             done = done and site.open_jobs() == 0 and site.messages_left == 0
             quiet = quiet + 1 if done else 0
 
@@ -256,14 +256,14 @@ class Run:
         files = spool_files(site.direct.fetch.spool)
         if not self._watch.arenas:
             report.broken.append("the watch has seen no shared memory: it is blind")
-        for key, found in (
+        for key, leftovers in (
             ("orphan_processes", orphans),
             ("shared_segments", segments),
             ("spool_files", files),
         ):
-            report.figures[key] = len(found)
-            if found:
-                report.broken.append(f"{len(found)} {key}: {', '.join(found[:3])}")
+            report.figures[key] = len(leftovers)
+            if leftovers:
+                report.broken.append(f"{len(leftovers)} {key}: {', '.join(leftovers[:3])}")
 
 
 def _wait_for(site: Site, ended: int, timeout_s: float) -> None:

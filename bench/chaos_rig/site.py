@@ -186,18 +186,18 @@ class Site:
 
     def worker(self, role: str, wait_s: float = 60) -> tuple[str, int]:
         """Name and process of a ready worker of that role."""
-        found: list[tuple[str, int]] = []
+        ready: list[tuple[str, int]] = []
 
         def look() -> bool:
-            found[:] = [
+            ready[:] = [
                 (str(view["name"]), int(view["pid"]))
                 for view in self.health.get("workers", [])
                 if view["role"] == role and view["state"] == "ready" and view["pid"]
             ]
-            return bool(found) and self.king_pid is not None and psutil.pid_exists(found[0][1])
+            return bool(ready) and self.king_pid is not None and psutil.pid_exists(ready[0][1])
 
         wait_until(look, wait_s, f"a ready {role} worker")
-        return found[0]
+        return ready[0]
 
     def kill_king(self) -> None:
         """Send SIGKILL; supervisord starts the next King."""

@@ -293,8 +293,8 @@ class Site:
 
     def spool_files(self) -> int:
         """Return downloads that were left behind."""
-        found = self.settings.fetch.spool.rglob("*")
-        return sum(path.is_file() and path.name not in (".lock", "lock") for path in found)
+        paths = self.settings.fetch.spool.rglob("*")
+        return sum(path.is_file() and path.name not in (".lock", "lock") for path in paths)
 
     def queue_left(self) -> int:
         """Return messages that wait or are unacknowledged."""

@@ -70,18 +70,18 @@ def put_back(page: str, ran: Sequence[Ran], shown: Mapping[str, str]) -> str:
         ran: Commands that were run; others keep what stands under them.
         shown: Text that a reader shall not see -> what stands there instead.
     """
-    left = list(ran)
+    unused = list(ran)
 
     def output_of(command: str) -> str | None:
         """Return the output of the first unused run: a command may stand in the page twice."""
-        found = next((one for one in left if one.command == command), None)
-        if found is not None:
-            left.remove(found)
-        return None if found is None else found.output
+        first = next((one for one in unused if one.command == command), None)
+        if first is not None:
+            unused.remove(first)
+        return None if first is None else first.output
 
-    def block(found: re.Match[str]) -> str:
+    def block(match: re.Match[str]) -> str:
         lines: list[str] = []
-        for command, before in _parts(found[1]):
+        for command, before in _parts(match[1]):
             output = output_of(command)
             lines += [f"$ {command}", *(before if output is None else _short(output, shown))]
         return "```console\n" + "\n".join(lines) + "\n```"

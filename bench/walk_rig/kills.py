@@ -182,9 +182,9 @@ def run_case(case: Case, clean: Path, hurt: Path, kills: int, chance: random.Ran
         for share in sorted(chance.uniform(0.1, 0.9) for _ in range(kills)):
             _kill_in_time(case, hurt, row, chance, share * row.seconds)
     _finish(case, hurt, row)
-    expected, found = tree(clean), tree(hurt)
+    expected, files = tree(clean), tree(hurt)
     row.different = sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        name for name in expected.keys() | files.keys() if expected.get(name) != files.get(name)
     )
     row.equal = not row.different
     return row
@@ -300,7 +300,7 @@ def _made(out: Path, kind: str) -> dict[str, tuple[int, int]]:
     from common.errors import FeatureError
     from extractors.feature_file import read_header
 
-    found = {}
+    written = {}
     for path in (out / "features").glob("*/*.safetensors"):
         try:
             header = read_header(path, path.stem)
@@ -308,8 +308,8 @@ def _made(out: Path, kind: str) -> dict[str, tuple[int, int]]:
         except (FeatureError, OSError):
             continue
         if kind in header.statuses:
-            found[path.name] = (status.st_mtime_ns, status.st_ino)
-    return found
+            written[path.name] = (status.st_mtime_ns, status.st_ino)
+    return written
 
 
 _names: dict[Path, dict[str, str]] = {}
@@ -325,5 +325,5 @@ def _downloaded(out: Path, origin: Path) -> dict[str, str]:
                 hashes.setdefault(digest, []).append(str(path.relative_to(origin)))
         _names[origin] = {d: names[0] for d, names in hashes.items() if len(names) == 1}
     known = _names[origin]
-    there = (path.stem for path in (out / "media" / "media").glob("*/*"))
-    return {known[digest]: digest for digest in there if digest in known}
+    digests = (path.stem for path in (out / "media" / "media").glob("*/*"))
+    return {known[digest]: digest for digest in digests if digest in known}

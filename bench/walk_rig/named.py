@@ -48,14 +48,16 @@ def judge(folder: Path, plants: Sequence[Plant], cut: Mapping[str, int]) -> list
         cut: post_id -> line that was cut, of `broken.cut_lines`.
     """
     by_line = {line: post_id for post_id, line in cut.items()}
-    found: dict[tuple[Step, str], list[Note]] = {}
+    notes_by_post: dict[tuple[Step, str], list[Note]] = {}
     for step, files in FILES.items():
         for note in notes(folder, files, by_line):
-            found.setdefault((step, note.post_id), []).append(note)
+            notes_by_post.setdefault((step, note.post_id), []).append(note)
     verdicts = []
     for plant in plants:
         way = WAYS[plant.way]
-        fits = (n for n in found.get((way.found_by, plant.post_id), []) if way.says in n.reason)
+        fits = (
+            n for n in notes_by_post.get((way.found_by, plant.post_id), []) if way.says in n.reason
+        )
         verdicts.append(Verdict(plant, next(fits, None)))
     return verdicts
 

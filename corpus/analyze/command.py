@@ -105,7 +105,7 @@ def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) ->
     ):
         groups = GroupTally(tally.labels_of)
         with AtomicLines(options.out / DUPLICATES) as lines:
-            found = find_groups(
+            duplicates = find_groups(
                 _counted(options.posts, tally, _ticker(bars, "posts", options.posts)),
                 media.any_fact if media is not None else lambda source: None,
                 text_threshold=options.text_threshold,
@@ -113,7 +113,7 @@ def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) ->
                 file=Path(work) / "posts.sqlite",
             )
             tick = _ticker(bars, "groups", None)
-            for group in found:
+            for group in duplicates:
                 lines.write(group_line(group))
                 groups.add(group)
                 tick()

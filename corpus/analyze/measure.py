@@ -164,13 +164,13 @@ def _container(task: Task, fact: MediaFact) -> MediaFact:
     from extractors.media.containers import find_stream, open_container
     from extractors.media.sniff import check_type
 
-    found = check_type(task.path, task.kind)
-    with open_container(task.path, found) as container:
+    container_type = check_type(task.path, task.kind)
+    with open_container(task.path, container_type) as container:
         video, sound = find_stream(container, "video"), find_stream(container, "audio")
         main = video if task.kind == "video" else sound
         if main is None:
             what = "video stream" if task.kind == "video" else "sound"
-            raise MediaError(f"{found.name} has no {what}")
+            raise MediaError(f"{container_type.name} has no {what}")
         if main.duration and main.time_base:
             fact = replace(fact, duration_s=round(float(main.duration * main.time_base), 3))
         elif container.duration:

@@ -93,16 +93,16 @@ class Sides:
 
     def exchange(self, one: Group, other: Group) -> bool:
         """Exchange the sides of two groups where that makes the error smaller; tell if it did."""
-        here, there = self.side[one.number], self.side[other.number]
-        if here == there:
+        old, new = self.side[one.number], self.side[other.number]
+        if old == new:
             return False
-        moves = ((one, here, -1), (one, there, 1), (other, there, -1), (other, here, 1))
+        moves = ((one, old, -1), (one, new, 1), (other, new, -1), (other, old, 1))
         rise = 0.0
         for group, side, sign in moves:
             rise += float(self._rise(group, sign)[side])
             self._count(group, side, sign)
         if rise < -_LEAST:
-            self.side[one.number], self.side[other.number] = there, here
+            self.side[one.number], self.side[other.number] = new, old
             return True
         for group, side, sign in moves:
             self._count(group, side, -sign)
@@ -219,16 +219,16 @@ class _Groups:
         random = np.random.default_rng(seed)
         rows = self._base.execute("SELECT part, tags, held FROM posts ORDER BY part, number")
         for number, members in groupby(rows, key=lambda row: row[0]):
-            tags, size, given = Counter[int](), 0, -1
+            tags, size, side = Counter[int](), 0, -1
             for _, blob, held in members:
                 tags.update(np.frombuffer(blob, np.int32).tolist())
-                size, given = size + 1, max(given, held)
+                size, side = size + 1, max(side, held)
             self.count, self.largest = self.count + 1, max(self.largest, size)
             pairs = np.array(sorted(tags.items()), np.int32).reshape(-1, 2)
-            self.tags[given, pairs[:, 0]] += pairs[:, 1]  # -1 is the last row
-            self.posts[given] += size
-            side = given if given >= 0 else None
-            yield number, size, pairs.tobytes(), int(random.integers(2**62)), side
+            self.tags[side, pairs[:, 0]] += pairs[:, 1]  # -1 is the last row
+            self.posts[side] += size
+            lot = int(random.integers(2**62))
+            yield number, size, pairs.tobytes(), lot, side if side >= 0 else None
 
     def read(self) -> Iterator[Group]:
         """Yield the groups to deal: small ones even out what large ones left; equal ones by lot."""

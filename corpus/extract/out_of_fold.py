@@ -129,13 +129,13 @@ def _check_same(
     """Refuse a folder of other posts, folds or settings; record those of a new folder."""
     made_of = settings.model_dump(mode="json", exclude={"trainer": {"save_dir", "progress"}})
     parts = {"train": made_of, "posts": posts.digest(), "folds": [options.folds, options.seed]}
-    path, found = work / "folds.json", digest(parts)
+    path, current = work / "folds.json", digest(parts)
     with told(f"{path}: cannot be used", OSError, ValueError):
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != found:
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != current:
             raise ConfigError(
                 f"{path}: those folds belong to other posts, folds or settings: name another --work"
             )
-        write_whole(path, json.dumps(found))
+        write_whole(path, json.dumps(current))
 
 
 def _train(settings: BackboneTrainSettings, folder: Path, posts: Path) -> list[str]:

@@ -111,12 +111,12 @@ def _of_folder(folder: Path, labels: Path | None, refuse: Refuse) -> Iterator[Po
     rows = read_table(labels, files) if labels is not None else ()
     for row in rows:
         try:
-            name, given = _labels_of(row, folder, files)
+            name, row_labels = _labels_of(row, folder, files)
         except ConfigError as mistake:
             refuse(mistake)
         else:
-            tags[name] = list(dict.fromkeys([*tags.get(name, ()), *given]))
-    others, found = [], 0
+            tags[name] = list(dict.fromkeys([*tags.get(name, ()), *row_labels]))
+    others, count = [], 0
     for name, path in files.items():
         kind = media_kind(path)
         if kind is None:
@@ -130,11 +130,11 @@ def _of_folder(folder: Path, labels: Path | None, refuse: Refuse) -> Iterator[Po
         except ConfigError as mistake:
             refuse(ConfigError(f"{mistake}: rename the file"))
             continue
-        found += 1
+        count += 1
         yield _entry(post_id, {kind: [path]}, labels=tags.get(name, []))
     if others:
         notice(f"{folder}: passed over, no media: {_listed(others)}")
-    if not found:
+    if not count:
         raise ConfigError(f"{folder}: holds no picture, video or sound")
 
 
@@ -251,8 +251,8 @@ def _of_posts_file(path: Path, refuse: Refuse) -> Iterator[PostEntry]:
             continue
         more = {"author": line.author, "created": line.created}
         content = {"labels": list(post.labels), "text": post.text, "ocr": post.ocr, **sources}
-        given = {key: value for key, value in more.items() if value is not None}
-        yield _entry(post.post_id, {}) | content | given
+        known = {key: value for key, value in more.items() if value is not None}
+        yield _entry(post.post_id, {}) | content | known
 
 
 def _listed(names: list[str]) -> str:

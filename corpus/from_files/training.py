@@ -316,7 +316,7 @@ def _with_encoders(
 ) -> Settings:
     """Return the settings with encoders made of the training posts where they name none."""
     features, encoders = plan.settings.features, folder.root / "encoders"
-    text, audio, given = features.text, features.audio, features.model_dump(mode="json")
+    text, audio, configured = features.text, features.audio, features.model_dump(mode="json")
     own: dict[str, Any] = {}
     alone = text.arch == "tfidf" and text.weights == "pretrained"
     beside = features.preset == "small" and text.arch != "tfidf" and text.tfidf is None
@@ -338,7 +338,7 @@ def _with_encoders(
         weights = str(file.absolute()) if file.exists() else "random:1"
         own["audio"] = {"weights": weights}
     values = plan.settings.model_dump(mode="json")
-    values["features"] = merge(given, own)
+    values["features"] = merge(configured, own)
     values["fusion"]["bundle"] = str(folder.bundle.absolute())
     return validate(Settings, values, "settings")
 

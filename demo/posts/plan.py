@@ -96,8 +96,8 @@ def _contents(
     for channel in CHANNELS:
         chance, lost = rng.random(2)
         shown = [key for key in carried[channel] if rng.random() >= 0.2 * noise]
-        there = lost >= missing if carried[channel] else chance < NEUTRAL[channel]
-        if there:
+        is_present = lost >= missing if carried[channel] else chance < NEUTRAL[channel]
+        if is_present:
             contents[channel] = tuple(shown)
     if not contents:
         contents["text"] = ()

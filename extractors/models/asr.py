@@ -78,14 +78,14 @@ class AsrExtractor(Extractor):
         self._whisper.load()
         self._text.load()
         self.dim = self._text.dim
-        kept = {"language", "max_s", "silence_db", "no_speech"}
+        keys = {"language", "max_s", "silence_db", "no_speech"}
         return {
             "kind": "whisper",
             "arch": self._whisper.arch,
             "weights": self._whisper.digest,
             "processor": self._whisper.processing,
             "text": self._text.fingerprint,
-            **self._settings.model_dump(include=kept),
+            **self._settings.model_dump(include=keys),
         }
 
 

@@ -67,8 +67,8 @@ def fetch(need: Need, root: Path) -> bool:
     """
     target = root / in_place(need.name).name
     if target.is_dir():
-        there = check(target)
-        if there.about is not None and not there.faults:
+        checked = check(target)
+        if checked.about is not None and not checked.faults:
             return False
     match need.origin:
         case "hub":
@@ -157,14 +157,14 @@ def _from_hub(need: Need) -> tuple[Mapping[str, Path], dict[str, Any]]:
         hub_first=True,
     )
     weights = {file.name for file in _weights(snapshot)}
-    wanted = {
+    files = {
         str(file.relative_to(snapshot)): file
         for file in sorted(snapshot.rglob("*"))
         if file.is_file() and (file.name in weights or _suits(file, snapshot, base))
     }
-    for name, file in wanted.items():
+    for name, file in files.items():
         _check_blob(file, f"{need.name}/{name}")
-    return wanted, {"revision": snapshot.name}
+    return files, {"revision": snapshot.name}
 
 
 def _snapshot(repository: str, patterns: Sequence[str], local: bool) -> Path:

@@ -78,8 +78,8 @@ class Normalize(nn.Module):
         if kind != "patch":
             from timm.data.config import resolve_model_data_config
 
-            found = resolve_model_data_config(backbone)
-            mean, std = found["mean"], found["std"]
+            data_config = resolve_model_data_config(backbone)
+            mean, std = data_config["mean"], data_config["std"]
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", torch.tensor(mean).view(shape) * 255, persistent=False)
         self.register_buffer("scale", 1 / (torch.tensor(std).view(shape) * 255), persistent=False)

@@ -548,8 +548,8 @@ class FrameStore:
             ValueError,
             EOFError,
         ):
-            found: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
-        return found
+            features: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
+        return features
 
     def _place(self, path: Path) -> Path:
         try:

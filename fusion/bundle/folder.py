@@ -157,12 +157,12 @@ class Replaced:
     Attributes:
         version: Of the bundle in it.
         before: Of the one that it replaced; None where there was none.
-        kept: The copy of that one.
+        copy: The copy of that one.
     """
 
     version: str
     before: str | None = None
-    kept: Path | None = None
+    copy: Path | None = None
 
 
 def put_bundle(source: Path, target: Path, *, anew: bool, keep: bool = True) -> Replaced:
@@ -191,13 +191,13 @@ def put_bundle(source: Path, target: Path, *, anew: bool, keep: bool = True) -> 
         if source.resolve() == target:
             write_whole(target / ABOUT, about)
             return Replaced(version, before)
-        kept = keep_bundle(target) if keep else None
+        copy = keep_bundle(target) if keep else None
         with new_folder(target) as part:
             # This file may differ, and its own time says that the bundle is another.
             but = shutil.ignore_patterns(ABOUT)
             shutil.copytree(source, part, ignore=but, dirs_exist_ok=True)
             (part / ABOUT).write_text(about, encoding="utf-8")
-    return Replaced(version, before, kept)
+    return Replaced(version, before, copy)
 
 
 def kept_bundles(bundle: Path) -> Iterator[Path]:

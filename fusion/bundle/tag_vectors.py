@@ -64,11 +64,11 @@ class TagRows:
         tags += [[list(tag.negatives)] if tag.negatives else [] for tag in texts.tags]
         sentences = list(dict.fromkeys(text for tag in tags for group in tag for text in group))
         row = {text: i for i, text in enumerate(sentences)}
-        found = torch.from_numpy(np.asarray(embed(sentences), np.float32))
-        vectors = found.new_zeros(len(tags), found.shape[1])
+        embedded = torch.from_numpy(np.asarray(embed(sentences), np.float32))
+        vectors = embedded.new_zeros(len(tags), embedded.shape[1])
         for place, groups in enumerate(tags):
             for group in groups:
-                mean = found[[row[text] for text in group]].mean(0)
+                mean = embedded[[row[text] for text in group]].mean(0)
                 vectors[place] += functional.normalize(mean, dim=0)
         unit = functional.normalize(vectors, dim=1)
         return cls(unit[: len(texts.tags)], unit[len(texts.tags) :])
@@ -112,14 +112,14 @@ def zero_shot(
     learned_from = PostSet()
     if posts is not None and reader is not None:
         posts = _some(posts, len(texts.tags))
-        said, there = _similarities(model, PostDataset(posts, reader, manifest, schema))
+        said, present = _similarities(model, PostDataset(posts, reader, manifest, schema))
         new = [not reader.has_learned(p.post_id, p.features, manifest.dims) for p in posts]
         labelled = (np.diff(posts.label_rows()[0]) > 0) & np.array(new)
         learned_from = PostSet(posts.hashes[labelled])
         if labelled.any():
             targets = posts.targets()[labelled]
-            _calibrate(model, said[labelled], there[labelled], torch.from_numpy(targets))
-            scores = _scores(model, said[labelled], there[labelled])
+            _calibrate(model, said[labelled], present[labelled], torch.from_numpy(targets))
+            scores = _scores(model, said[labelled], present[labelled])
             thresholds = fit_thresholds(scores, targets, min_positives=_MIN_POSITIVES)
             metrics = summary(scores, targets, thresholds)
     return Bundle(
@@ -300,11 +300,11 @@ def start_from_texts(
                 f"{setting}: has no texts in the space of {stream}: name it in "
                 "model.tag_text.projected, or leave it out of data.modalities"
             )
-        needed, found = bundle.manifest.fingerprints[stream], manifest.fingerprints[stream]
-        if needed != found:
+        needs, made_by = bundle.manifest.fingerprints[stream], manifest.fingerprints[stream]
+        if needs != made_by:
             raise ConfigError(
                 f"{setting}: {stream} features are not made like its texts"
-                f"{differing(needed, found)}"
+                f"{differing(needs, made_by)}"
             )
     if isinstance(model, LinearProbe):
         model.start = _linear(cast("TagText", earlier), model, order)

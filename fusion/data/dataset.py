@@ -79,8 +79,8 @@ def find_manifest(
     voters = _VOTERS if settings.skip_bad else 1
     for looked, row in enumerate(_spread(len(posts))):
         # The streams of a modality come together, so one of them tells of all.
-        found = len({modality_of(stream) for stream in votes})
-        if found == len(settings.modalities) and looked >= voters:
+        modality_count = len({modality_of(stream) for stream in votes})
+        if modality_count == len(settings.modalities) and looked >= voters:
             break
         try:
             for stream, kind in _made(posts[row], reader, streams).items():
@@ -133,20 +133,20 @@ class PostDataset(Dataset[Sample]):
         self.posts = posts
         self._reader, self._manifest, self._schema = reader, manifest, schema
         self._budget_bytes = cache_mb * 1024 * 1024
-        self._kept: dict[int, tuple[Record, dict[Stream, FeatureArray]]] = {}
+        self._cached: dict[int, tuple[Record, dict[Stream, FeatureArray]]] = {}
 
     def __len__(self) -> int:
         return len(self.posts)
 
     def __getitem__(self, row: int) -> Sample:
-        cached = self._kept.get(row)
+        cached = self._cached.get(row)
         if cached is None:
             record = self.posts[row]
             cached = (record, self._read(record))
             size = sum(array.nbytes for array in cached[1].values()) + _KEPT_BYTES
             if size <= self._budget_bytes:
                 self._budget_bytes -= size
-                self._kept[row] = cached
+                self._cached[row] = cached
         record, arrays = cached
         return Sample(record.post_id, arrays, self.posts.target(row), record.author)
 

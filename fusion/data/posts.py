@@ -272,8 +272,8 @@ class _Lacking:
 
     def deal(self, tag: int | None, tags: list[int], chance: float) -> int:
         """Return the part of a post: the one that lacks the tag most, and then posts most."""
-        wanted = self._posts if tag is None else self._tags[:, tag]
-        best = np.flatnonzero(wanted >= wanted.max() - 1e-9)
+        lacking = self._posts if tag is None else self._tags[:, tag]
+        best = np.flatnonzero(lacking >= lacking.max() - 1e-9)
         best = best[self._posts[best] >= self._posts[best].max() - 1e-9]
         chosen = int(best[int(chance * len(best))])
         self._posts[chosen] -= 1

@@ -92,20 +92,20 @@ def infer_settings(options: InferOptions) -> InferSettings | Settings:
 
     The keys of the YAML file tell features from raw media.
     """
-    given = given_options(options, _KEYS)
+    values = given_options(options, _KEYS)
     if options.skip_bad:
-        given["skip_bad"] = True
+        values["skip_bad"] = True
     if options.output is not None:
-        given["output"] = options.output
+        values["output"] = options.output
     file = options.infer_config or INFER_CONFIG
     content = read_yaml(file) if options.infer_config is not None or file.exists() else {}
     settings: InferSettings | Settings
     if tags_raw_media(content, file):
-        over = [f"infer.{key}={json.dumps(value)}" for key, value in given.items()]
+        over = [f"infer.{key}={json.dumps(value)}" for key, value in values.items()]
         settings = load_settings(file, [*over, *options.overrides])
     else:
         settings = layered(
-            InferSettings, options.infer_config, INFER_CONFIG, given, options.overrides
+            InferSettings, options.infer_config, INFER_CONFIG, values, options.overrides
         )
     model: Path | None = options.best_model
     # A file with weights alone becomes a bundle later: that takes torch.

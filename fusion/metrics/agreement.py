@@ -23,7 +23,7 @@ class Scored(NamedTuple):
     """One model's scores and tags of some posts, ``(posts, classes)`` in the order of its names."""
 
     scores: npt.NDArray[np.float64]
-    given: npt.NDArray[np.bool_]
+    predicted: npt.NDArray[np.bool_]
 
 
 class Agreement:
@@ -35,7 +35,7 @@ class Agreement:
         self._columns = [np.array([column_of[n] for n in each], int) for each in (first, second)]
         classes = len(self.names)
         self._posts = self._same = self._labelled = 0
-        self._given = np.zeros((2, classes), np.int64)
+        self._predicted = np.zeros((2, classes), np.int64)
         self._both = np.zeros(classes, np.int64)
         self._pairs = np.zeros(classes, np.int64)
         self._differences = np.zeros(classes)
@@ -63,13 +63,13 @@ class Agreement:
         pairs = zip((first, second), self._columns, strict=True)
         one, other = (self._spread(each, columns) for each, columns in pairs)
         self._posts += len(post_ids)
-        self._given += [one.given.sum(axis=0), other.given.sum(axis=0)]
-        both, differ = one.given & other.given, one.given != other.given
+        self._predicted += [one.predicted.sum(axis=0), other.predicted.sum(axis=0)]
+        both, differ = one.predicted & other.predicted, one.predicted != other.predicted
         self._both += both.sum(axis=0)
         changed = differ.any(axis=1)
         self._same += int((~changed).sum())
         for row in np.flatnonzero(changed)[: _NAMED_POSTS - len(self._differing)]:
-            only = [a.given[row] & ~b.given[row] for a, b in ((one, other), (other, one))]
+            only = [a.predicted[row] & ~b.predicted[row] for a, b in ((one, other), (other, one))]
             first_only, second_only = ([self.names[i] for i in np.flatnonzero(o)] for o in only)
             self._differing.append(
                 {
@@ -98,21 +98,21 @@ class Agreement:
     def _spread(self, model: Scored, columns: npt.NDArray[np.int64]) -> Scored:
         """Return a model's columns in the order of `names`."""
         shape = (len(model.scores), len(self.names))
-        scores, given = np.full(shape, np.nan), np.zeros(shape, np.bool_)
-        scores[:, columns], given[:, columns] = model.scores, model.given
-        return Scored(scores, given)
+        scores, predicted = np.full(shape, np.nan), np.zeros(shape, np.bool_)
+        scores[:, columns], predicted[:, columns] = model.scores, model.predicted
+        return Scored(scores, predicted)
 
     def result(self) -> dict[str, Any]:
         """Return the figures; None where there are too few scores or labels for one."""
         n = int(self._pairs.sum())
-        only = self._given - self._both
+        only = self._predicted - self._both
         order = np.argsort(-only.sum(axis=0), kind="stable")
         return {
             "posts": self._posts,
             "same_tags": self._same,
             "tags_given": {
-                "first": int(self._given[0].sum()),
-                "second": int(self._given[1].sum()),
+                "first": int(self._predicted[0].sum()),
+                "second": int(self._predicted[1].sum()),
                 "both": int(self._both.sum()),
                 "only_first": int(only[0].sum()),
                 "only_second": int(only[1].sum()),
@@ -127,8 +127,8 @@ class Agreement:
             "tags": [
                 {
                     "name": self.names[i],
-                    "first": int(self._given[0, i]),
-                    "second": int(self._given[1, i]),
+                    "first": int(self._predicted[0, i]),
+                    "second": int(self._predicted[1, i]),
                     "only_first": int(only[0, i]),
                     "only_second": int(only[1, i]),
                     "mean_difference": (

@@ -118,13 +118,13 @@ def fit_isotonic(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Isotonic:
     ends = np.append(starts[1:], len(levels)) - 1
     at = np.stack([starts, ends], axis=1).ravel()  # (2·blocks,)
     distinct = np.append(True, np.diff(at) > 0)
-    at, found = at[distinct], np.repeat(values, 2)[distinct]
+    at, means = at[distinct], np.repeat(values, 2)[distinct]
     if len(at) > _MOST_KNOTS:
         chosen = np.unique(np.linspace(0, len(at) - 1, _MOST_KNOTS).round().astype(np.intp))
-        at, found = at[chosen], found[chosen]
+        at, means = at[chosen], means[chosen]
     return Isotonic(
         scores=tuple(float(x) for x in levels[at]),
-        values=tuple(round(float(np.clip(v, 0, 1)), 9) for v in found),
+        values=tuple(round(float(np.clip(v, 0, 1)), 9) for v in means),
     )
 
 
@@ -134,12 +134,12 @@ def _pooled(sums: FloatArray, counts: FloatArray) -> tuple[npt.NDArray[np.intp],
     for _ in range(_PASSES):
         # Compared as products: equal means must not differ by rounding.
         rises = sums[1:] * counts[:-1] > sums[:-1] * counts[1:]
-        kept = np.flatnonzero(np.append(True, rises))
-        if len(kept) == len(sums):
+        block_starts = np.flatnonzero(np.append(True, rises))
+        if len(block_starts) == len(sums):
             break
         # Levels that fall or stay equal are one block in the end.
-        starts = starts[kept]
-        sums, counts = np.add.reduceat(sums, kept), np.add.reduceat(counts, kept)
+        starts = starts[block_starts]
+        sums, counts = np.add.reduceat(sums, block_starts), np.add.reduceat(counts, block_starts)
     blocks: list[tuple[int, float, float]] = []
     for start, total, weight in zip(starts.tolist(), sums.tolist(), counts.tolist(), strict=True):
         first, own, size = start, total, weight
@@ -241,7 +241,7 @@ def _thresholds(
     if not truth.any():
         return None
     points = cuts(np.asarray(scores, dtype=np.float64).ravel(), truth)
-    return (points.scores + np.append(points.scores[1:], 0.0)) / 2, points.given, points.right
+    return (points.scores + np.append(points.scores[1:], 0.0)) / 2, points.predicted, points.right
 
 
 def fit_thresholds(

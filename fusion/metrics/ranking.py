@@ -22,12 +22,12 @@ _ROWS_AT_ONCE = 8192
 
 def _checked(scores: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[FloatArray, BoolArray]:
     """Return scores as floats and targets as booleans, both ``(samples, classes)``."""
-    given, truth = np.asarray(scores), np.asarray(targets)
-    if given.ndim != 2 or given.shape != truth.shape:
+    values, truth = np.asarray(scores), np.asarray(targets)
+    if values.ndim != 2 or values.shape != truth.shape:
         raise ValueError(
-            f"scores {given.shape} and targets {truth.shape} must both be (samples, classes)"
+            f"scores {values.shape} and targets {truth.shape} must both be (samples, classes)"
         )
-    numbers = given.astype(np.float64) if given.dtype.kind != "f" else given
+    numbers = values.astype(np.float64) if values.dtype.kind != "f" else values
     if np.isnan(numbers).any():
         raise ValueError(f"{int(np.isnan(numbers).sum())} scores are NaN")
     if truth.dtype.kind != "b" and not np.isin(truth, (0, 1)).all():
@@ -126,12 +126,12 @@ def precision_at_equal_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> 
 class Cuts(NamedTuple):
     """The places where a falling threshold takes in further scores; arrays ``(cuts,)``.
 
-    ``scores`` are the different ones, ``given`` the decisions at or above each, ``right`` the true
-    ones among these.
+    ``scores`` are the different ones, ``predicted`` the decisions at or above each, ``right`` the
+    true ones among these.
     """
 
     scores: FloatArray
-    given: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
     right: npt.NDArray[np.int64]
 
 
@@ -226,7 +226,7 @@ def precision_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Precision
         return PrecisionRecall(np.empty(0), np.empty(0), np.empty(0))
     points = cuts(numbers[:, 0], truth[:, 0])
     return PrecisionRecall(
-        points.right / points.given, points.right / max(1, int(points.right[-1])), points.scores
+        points.right / points.predicted, points.right / max(1, int(points.right[-1])), points.scores
     )
 
 

@@ -230,12 +230,12 @@ class Outputs(NamedTuple):
 
     Attributes:
         own: Logits float32 ``(posts, classes)`` of each stream's own head; empty without heads.
-        there: bool ``(posts,)``, True where the post has the stream and it was not hidden.
+        present: bool ``(posts,)``, True where the post has the stream and it was not hidden.
     """
 
     logits: torch.Tensor
     own: Mapping[Stream, torch.Tensor]
-    there: Mapping[Stream, torch.Tensor]
+    present: Mapping[Stream, torch.Tensor]
 
 
 class GroupLinear(nn.Module):
@@ -353,12 +353,12 @@ class FusionModel(nn.Module):
         return {stream: cast("nn.Linear", self.own[stream]) for stream in self.streams}
 
     def _fused(self, batch: Batch) -> tuple[Fused, Mapping[Stream, torch.Tensor]]:
-        masks, given = self.drop(batch.masks), batch.tokens
+        masks, tokens = self.drop(batch.masks), batch.tokens
         if self.training or not self.takes_none:
             masks = {m: _some(mask) for m, mask in masks.items()}
-            given = {m: _some(rows) for m, rows in given.items()}
+            tokens = {m: _some(rows) for m, rows in tokens.items()}
         # Zero where masked: a NaN in the padding would pass through 0 · NaN.
-        tokens = {m: given[m].masked_fill(~masks[m][:, :, None], 0.0) for m in self.streams}
+        tokens = {m: tokens[m].masked_fill(~masks[m][:, :, None], 0.0) for m in self.streams}
         return self.fuse(tokens, masks), masks
 
 
@@ -384,18 +384,18 @@ class ModalityDropout(nn.Module):
         """Return masks ``(posts, n)`` with the hidden modalities all False."""
         if not self.training or self.chance == 0:
             return dict(masks)
-        there: dict[Modality, torch.Tensor] = {}
+        by_modality: dict[Modality, torch.Tensor] = {}
         for stream, mask in masks.items():
             modality, some = modality_of(stream), mask.any(dim=1)
-            there[modality] = there[modality] | some if modality in there else some
-        names = list(there)
-        present = torch.stack(list(there.values()), dim=1)  # (posts, modalities)
+            by_modality[modality] = by_modality.get(modality, some) | some
+        names = list(by_modality)
+        present = torch.stack(list(by_modality.values()), dim=1)  # (posts, modalities)
         draw = torch.rand(present.shape, device=present.device)
         # The present one with the highest draw always stays.
         stays = draw.masked_fill(~present, -1.0).argmax(dim=1, keepdim=True)
         keeps = (draw >= self.chance).scatter(1, stays, True)
-        kept_of = {m: keeps[:, i : i + 1] for i, m in enumerate(names)}  # (posts, 1) each
-        return {s: mask & kept_of[modality_of(s)] for s, mask in masks.items()}
+        keep_of = {m: keeps[:, i : i + 1] for i, m in enumerate(names)}  # (posts, 1) each
+        return {s: mask & keep_of[modality_of(s)] for s, mask in masks.items()}
 
 
 def start_head(head: nn.Linear | GroupLinear, frequencies: torch.Tensor, std: float) -> None:

@@ -151,7 +151,7 @@ class OneSequence(FusionModel):
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[Stream, torch.Tensor]]:
         """Return tokens ``(posts, Σ(n + 1), width)``, their mask, and `Fused.alone`."""
-        rows, there = [], []
+        rows, seen = [], []
         alone: dict[Stream, torch.Tensor] = {}
         for stream in self.streams:
             mask = masks[stream]
@@ -166,8 +166,8 @@ class OneSequence(FusionModel):
                 projected = projected + self.scales[stream] * places
             rows.append(torch.cat([projected, stand_in], dim=1) + self.kinds[stream])
             # The stand-in is seen exactly where nothing else of the modality is.
-            there += [mask, ~mask.any(dim=1, keepdim=True)]
-        return torch.cat(rows, dim=1), torch.cat(there, dim=1), alone
+            seen += [mask, ~mask.any(dim=1, keepdim=True)]
+        return torch.cat(rows, dim=1), torch.cat(seen, dim=1), alone
 
 
 class TokenTransformer(OneSequence):

@@ -62,7 +62,7 @@ def training_curves(
 def pr_curves(predictions: Predictions, rows: Sequence[TagRow]) -> list[Chart]:
     """Return precision over recall: all tags together, then the best and the worst tags."""
     step = max(1, predictions.scores.size // _MOST_DECISIONS)
-    predicted, truth = predictions.given, predictions.targets
+    predicted, truth = predictions.predicted, predictions.targets
     right = float((predicted & truth).sum())
     point = (right / max(1, truth.sum()), right / max(1, predicted.sum()))
     curve = _curve(predictions.scores[::step], truth[::step], "", 0)

@@ -38,7 +38,7 @@ class Predictions:
     thresholds: npt.NDArray[np.float32]
 
     @property
-    def given(self) -> npt.NDArray[np.bool_]:
+    def predicted(self) -> npt.NDArray[np.bool_]:
         """Return where a tag is given, bool ``(posts, classes)``."""
         return self.scores >= self.thresholds
 
@@ -66,7 +66,7 @@ class TagRow(NamedTuple):
     """One tag: posts that have it, posts that it is given to, and what came of that.
 
     None stands where nothing can be said: AP and recall of a tag that no post has, precision of one
-    that is never given, F1 where both.
+    that is never given, F1 where both. The names of the fields are keys of ``report.json``.
     """
 
     id: int
@@ -82,7 +82,7 @@ class TagRow(NamedTuple):
 
 def tag_rows(predictions: Predictions) -> list[TagRow]:
     """Return a row for each tag, in label order."""
-    predicted, truth = predictions.given, predictions.targets
+    predicted, truth = predictions.predicted, predictions.targets
     aps = metrics.average_precisions(predictions.scores, truth)
     sums = (each.sum(axis=0).tolist() for each in (truth, predicted, predicted & truth))
 
@@ -108,7 +108,8 @@ def tag_rows(predictions: Predictions) -> list[TagRow]:
 class Confusion(NamedTuple):
     """One tag that was missed where another was wrongly given.
 
-    ``share`` is of the posts in which the missed tag was missed.
+    ``share`` is of the posts in which the missed tag was missed. The names of the fields
+    are keys of ``report.json``.
     """
 
     missed: int
@@ -119,7 +120,7 @@ class Confusion(NamedTuple):
 
 def confusion_counts(predictions: Predictions) -> npt.NDArray[np.int64]:
     """Count posts in which the row's tag was missed and the column's wrongly given."""
-    predicted, truth = predictions.given, predictions.targets
+    predicted, truth = predictions.predicted, predictions.targets
     missed = (truth & ~predicted).astype(np.float32)
     wrong = (predicted & ~truth).astype(np.float32)
     # In float32, which counts exactly to 16 million: integer matrices multiply slowly.
@@ -130,7 +131,7 @@ def confusion_counts(predictions: Predictions) -> npt.NDArray[np.int64]:
 def confusions(predictions: Predictions) -> list[Confusion]:
     """Return the pairs of tags that are mistaken for one another most often."""
     counts = confusion_counts(predictions)
-    misses = (predictions.targets & ~predictions.given).sum(axis=0)
+    misses = (predictions.targets & ~predictions.predicted).sum(axis=0)
     order = np.argsort(-counts, axis=None, kind="stable")[:_CONFUSIONS]
     rows, columns = np.unravel_index(order, counts.shape)
     return [
@@ -151,7 +152,7 @@ class Mistake(NamedTuple):
 
 def worst(predictions: Predictions, most: int) -> dict[str, list[Mistake]]:
     """Return the tags of the highest loss, ``wrongly given`` and ``missed``, ``most`` of each."""
-    predicted, truth = predictions.given, predictions.targets
+    predicted, truth = predictions.predicted, predictions.targets
     mistakes: dict[str, list[Mistake]] = {}
     for kind, where in (("wrongly given", predicted & ~truth), ("missed", truth & ~predicted)):
         rows, tags = np.nonzero(where)

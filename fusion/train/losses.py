@@ -60,8 +60,8 @@ def asymmetric_costs(
     moved = torch.sigmoid(logits) - settings.margin
     counts = moved > 0
     # Where nothing counts a harmless number stands: 0^γ has no finite gradient for γ below 1.
-    kept = torch.where(counts, moved, 0.5)
-    negative = -(1 - targets) * kept**settings.gamma_negative * torch.log1p(-kept)
+    base = torch.where(counts, moved, 0.5)
+    negative = -(1 - targets) * base**settings.gamma_negative * torch.log1p(-base)
     return positive + torch.where(counts, negative, 0.0)
 
 
@@ -177,7 +177,7 @@ class Objective(nn.Module):
         said = self.model.outputs(batch)
         total: torch.Tensor = self.loss(said.logits, batch.truth)
         for modality, logits in said.own.items():
-            own = self.loss(logits, batch.truth, said.there[modality])
+            own = self.loss(logits, batch.truth, said.present[modality])
             total = total + self._auxiliary * own
         return total
 

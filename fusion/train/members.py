@@ -104,13 +104,13 @@ def score_held_out(job: Job, model: Served, posts: PostList) -> HeldOutScores:
     rank, world = fabric.global_rank, fabric.world_size
 
     def mine() -> dict[int, Scores]:
-        found = {}
+        scores = {}
         shown = job.settings.trainer.progress and fabric.is_global_zero
         with progress_bar("validate", len(starts[rank::world]), enabled=shown) as bar:
             for start in starts[rank::world]:
-                found[start] = inferer.scores(_features(job.prepared, posts, start))
+                scores[start] = inferer.scores(_features(job.prepared, posts, start))
                 bar.advance()
-        return found
+        return scores
 
     parts: dict[int, Scores] = {}
     for some in gathered(fabric, all_ranks(fabric, mine)):
@@ -140,8 +140,8 @@ def measure(job: Job, held_out: Sequence[HeldOutScores], *, seen: bool) -> Measu
     thresholds = fit_thresholds(
         scores, targets, min_positives=settings.min_positives, precision=settings.precision
     )
-    found = metrics.summary(scores, targets, thresholds)
-    return Measured(calibration, thresholds, found, raw, scores, targets)
+    figures = metrics.summary(scores, targets, thresholds)
+    return Measured(calibration, thresholds, figures, raw, scores, targets)
 
 
 def measure_test(
@@ -150,8 +150,8 @@ def measure_test(
     """Measure posts that chose nothing, with the calibration and thresholds that are served."""
     if not test.posts:
         return None
-    found = score_held_out(job, model, test.posts)
-    scores, targets = calibrated(measured.calibration, found.raw), test.posts.targets()
+    held_out = score_held_out(job, model, test.posts)
+    scores, targets = calibrated(measured.calibration, held_out.raw), test.posts.targets()
     count = len(test.posts)
     return HeldOutFigures(
         count,

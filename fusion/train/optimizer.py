@@ -31,13 +31,13 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[Para
     Matrices and filters decay; biases, norms and learned vectors do not. A model that is no
     `FusionModel` is one stage.
     """
-    stages, kept = _stages(model)
+    stages, undecayed = _stages(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         rate = _rate(name, stages, settings)
-        decays = parameter.ndim > 1 and name not in kept
+        decays = parameter.ndim > 1 and name not in undecayed
         key = (rate, settings.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append(parameter)
     # The highest rate first: it is the one that the log shows.

@@ -127,14 +127,14 @@ def rows_learned_from(
         record = posts[row]
         return reader.has_learned(record.post_id, record.features, streams)
 
-    found = earlier.holds(posts.hashes)
+    learned_rows = earlier.holds(posts.hashes)
     progress = settings.trainer.progress and fabric.is_global_zero
     rows, title = range(len(posts)), f"look at {posts.paths[0].name}"
     check = partial(by_item, fabric, rows, learned, title, progress=progress)
     for part in gathered(fabric, all_ranks(fabric, check)):
         for row, learned_from in part:
-            found[row] |= learned_from
-    return found
+            learned_rows[row] |= learned_from
+    return learned_rows
 
 
 def prepare(settings: TrainSettings, reader: FeatureFiles, fabric: Fabric) -> Prepared:
@@ -146,16 +146,20 @@ def prepare(settings: TrainSettings, reader: FeatureFiles, fabric: Fabric) -> Pr
     )
     with skipped:
         read = partial(_read, settings, reader, skipped, fabric, progress=progress)
-        found = all_ranks(fabric, read)
+        prepared = all_ranks(fabric, read)
         if not data.skip_bad:
-            return found
+            return prepared
         check = partial(_readable, fabric, skipped=skipped, progress=progress)
-        build = partial(PostDataset, reader=reader, manifest=found.manifest, schema=found.schema)
-        posts = check(build(found.posts))
-        valid, test = (None if p is None else check(build(p)) for p in (found.valid, found.test))
-    notes = (skipped.summary, *_without_positives(found.labels, posts))
+        build = partial(
+            PostDataset, reader=reader, manifest=prepared.manifest, schema=prepared.schema
+        )
+        posts = check(build(prepared.posts))
+        valid, test = (
+            None if p is None else check(build(p)) for p in (prepared.valid, prepared.test)
+        )
+    notes = (skipped.summary, *_without_positives(prepared.labels, posts))
     notes = tuple(note for note in notes if note)
-    return replace(found, posts=posts, valid=valid, test=test, notes=notes)
+    return replace(prepared, posts=posts, valid=valid, test=test, notes=notes)
 
 
 def _read(

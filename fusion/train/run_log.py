@@ -73,9 +73,9 @@ class RunLog:
             return
         step = at * self._steps
         self._writer.add_pr_curve("valid/all_tags", targets.ravel(), scores.ravel(), step)
-        found = np.array(list(per_tag))
-        if len(found):
-            self._writer.add_histogram("valid/ap_of_tags", found, step)
+        precisions = np.array(list(per_tag))
+        if len(precisions):
+            self._writer.add_histogram("valid/ap_of_tags", precisions, step)
         self._writer.flush()
 
     def close(self) -> None:

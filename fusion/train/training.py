@@ -188,7 +188,7 @@ def _with_model(settings: TrainSettings, prepared: Prepared, fabric: Fabric) -> 
         some = [prepared.posts[row] for row in range(min(_LOOKED_AT, len(prepared.posts)))]
         read = partial(prepared.reader.features, fingerprints=prepared.manifest.fingerprints)
         arrays = (read(record.post_id, record.features).arrays for record in some)
-        return any(len(found[s]) > 1 for found in arrays for s in ORDERED & found.keys())
+        return any(len(features[s]) > 1 for features in arrays for s in ORDERED & features.keys())
 
     posts = len(prepared.posts)
     model = chosen(settings.model, posts, ordered=all_ranks(fabric, ordered))
@@ -256,8 +256,8 @@ def _write(
         return version, None
     seconds = time.monotonic() - started
     facts = _facts(job, trained, version=version, seconds=seconds)
-    given = replace(_report(job, trained, measured, subsets), facts=facts, test=test)
-    return version, write_report(settings.trainer.save_dir / "report", given, settings.report)
+    content = replace(_report(job, trained, measured, subsets), facts=facts, test=test)
+    return version, write_report(settings.trainer.save_dir / "report", content, settings.report)
 
 
 def _report(

@@ -97,7 +97,7 @@ DEFAULT_SEARCH = (
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     """The outcome of a search.
 
     Attributes:
@@ -132,8 +132,8 @@ class Search:
                 "data.valid: without validation posts trials cannot be compared; name some"
             )
 
-    def run(self, trials: int) -> Found:
-        """Do trials until there are that many, write ``best.yaml``, return what was found."""
+    def run(self, trials: int) -> Outcome:
+        """Do trials until there are that many, write ``best.yaml``, return the outcome."""
         with replaced(
             ConfigError("the search needs Optuna, which is not installed: pip install '.[tune]'"),
             ImportError,
@@ -161,7 +161,7 @@ class Search:
                 n_startup_trials=_UNLEARNED, seed=len(study.trials)
             )
             self._go_on(study, trials)
-            return self._found(study)
+            return self._outcome(study)
 
     def _check_same(self, study: Study) -> None:
         """Refuse a folder that holds a search over something else."""
@@ -226,7 +226,7 @@ class Search:
             )
         return report.metrics["gap"]
 
-    def _found(self, study: Study) -> Found:
+    def _outcome(self, study: Study) -> Outcome:
         from optuna.trial import TrialState
 
         complete = study.get_trials(states=(TrialState.COMPLETE,))
@@ -247,7 +247,7 @@ class Search:
             (t.number, t.state.name.lower(), _last(t), self._values(t))
             for t in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
         ]
-        return Found(file, best.value or 0.0, values, rows)
+        return Outcome(file, best.value or 0.0, values, rows)
 
     def _values(self, trial: FrozenTrial) -> dict[str, Value]:
         return {

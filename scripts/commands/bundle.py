@@ -271,8 +271,8 @@ def _put(
         _check_features(command, bundle, fusion)
     with told(f"bundle {command}", BundleError):
         done = put_bundle(bundle.folder, target, anew=anew, keep=keep)
-    if done.kept is not None:
-        say(f"kept {done.before} in {done.kept}\n")
+    if done.copy is not None:
+        say(f"kept {done.before} in {done.copy}\n")
     return done
 
 

@@ -128,20 +128,20 @@ def _of_results(names: Sequence[str], posts: Iterator[Documents]) -> dict[str, A
 
     from fusion.metrics.agreement import Agreement, Scored
 
-    found = list(posts)
-    if not found:
+    common = list(posts)
+    if not common:
         raise ConfigError(f"bundle compare: no post is in both {' and '.join(names)}")
-    sides_of = ([post[1] for post in found], [post[2] for post in found])
+    sides_of = ([post[1] for post in common], [post[2] for post in common])
     predicted = [
         [{str(tag["name"]): float(tag["score"]) for tag in each["tags"]} for each in results]
         for results in sides_of
     ]
     named = dict.fromkeys(name for side in predicted for tags in side for name in tags)
-    known = list(named | dict.fromkeys(name for post in found for name in post[3]))
+    known = list(named | dict.fromkeys(name for post in common for name in post[3]))
     agreement = Agreement(known, known)
     place = {name: i for i, name in enumerate(agreement.names)}
-    for start in range(0, len(found), _BATCH):
-        batch = found[start : start + _BATCH]
+    for start in range(0, len(common), _BATCH):
+        batch = common[start : start + _BATCH]
         sides: list[Scored] = []
         for side in predicted:
             scores = np.full((len(batch), len(place)), np.nan)

@@ -151,8 +151,8 @@ def letter_json(job: Job) -> dict[str, Any]:
 
 
 def _tell(verb: str, done: str, rest: int, wrong: str) -> None:
-    kept = f"; {rest} left as they were (no dead letter, or a message without an ID)"
-    say(f"{done}{kept if rest else ''}\n")
+    unchanged = f"; {rest} left as they were (no dead letter, or a message without an ID)"
+    say(f"{done}{unchanged if rest else ''}\n")
     if wrong:
         raise ConfigError(f"dead {verb}: {wrong}")
 

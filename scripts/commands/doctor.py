@@ -82,9 +82,9 @@ def doctor(
         notice(f"{what} {redact(url)}: waiting at most {_WAIT_S:g} s", enabled=not as_json)
 
     checks = [*_installed(), *_devices(settings), _broker(settings, wait_for)]
-    shapes, found = _posts(settings, posts, wait_for)
+    shapes, post_checks = _posts(settings, posts, wait_for)
     weights = [about("settings", need) for need in _needs(settings)]
-    checks += [*found, *_weights(weights), _bundle(settings, weights, quick=quick)]
+    checks += [*post_checks, *_weights(weights), _bundle(settings, weights, quick=quick)]
     checks += [*_disk(settings), *_ports(settings), _king(settings)]
     if as_json:
         print_json({**shapes, "weights": weights, "checks": [asdict(check) for check in checks]})

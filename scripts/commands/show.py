@@ -72,7 +72,7 @@ def show(
     if as_json:
         print_json(content)
     else:
-        _print(content, found=stored is not None)
+        _print(content, is_stored=stored is not None)
 
 
 def thresholds_by_name(settings: FusionSettings, result: Mapping[str, Any]) -> dict[str, float]:
@@ -94,9 +94,9 @@ def thresholds_by_name(settings: FusionSettings, result: Mapping[str, Any]) -> d
     return {tag.name: min(known[i] for i in tag.classes) for tag in served if tag.name in names}
 
 
-def _print(content: dict[str, Any], *, found: bool) -> None:
+def _print(content: dict[str, Any], *, is_stored: bool) -> None:
     result, job = content["result"], content["job"]
-    say_row("post", f"{content['post_id']}{'' if found else '  (not in the database)'}")
+    say_row("post", f"{content['post_id']}{'' if is_stored else '  (not in the database)'}")
     if text := " ".join(content["text"].split()):
         say_row("text", f"{text[:_MOST_TEXT]}{' ...' if len(text) > _MOST_TEXT else ''}")
     if content["labels"]:

@@ -51,7 +51,7 @@ def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
         asked: As configured; tells whether the services are embedded ones.
         settings: With the URLs of running embedded services.
     """
-    services = embedded.status(asked) if embedded.wanted(asked) else None
+    services = embedded.status(asked) if embedded.configured(asked) else None
     return {
         "queue": _queue(settings.broker),
         "store": _store(settings.store),

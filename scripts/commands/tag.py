@@ -143,7 +143,7 @@ def _earlier(
     file: BinaryIO, out: Path, bundle: tuple[str, str], rules: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return the results in a file by post, and cut off the half line of a killed run."""
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     file.seek(0)
     end, anew = 0, "name another, or --restart overwrites it"
     for number, line in enumerate(file, 1):
@@ -157,7 +157,7 @@ def _earlier(
         ):
             result = json.loads(line)
             made_by = result["model"], result["version"]
-            found[result["post_id"]] = result
+            results[result["post_id"]] = result
         if made_by != bundle:
             raise ConfigError(
                 f"--out {out}: line {number}: is by the bundle {' '.join(map(str, made_by))}, this "
@@ -170,7 +170,7 @@ def _earlier(
             )
         end += len(line)
     file.truncate(end)
-    return found
+    return results
 
 
 def _print(result: dict[str, Any]) -> None:

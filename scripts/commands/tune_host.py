@@ -82,7 +82,7 @@ def tune_host(
         print_json({"host": host.signature, **about, **tuning.as_dict(), "written": written})
         return
     _print(tuning.as_dict())
-    fixed = _given(settings)
+    fixed = _fixed_keys(settings)
     if fixed:
         say(f"fixed by the settings: {', '.join(fixed)}\n")
     say("nothing is written\n" if dry_run else f"written: {file}\n")
@@ -110,7 +110,7 @@ def _tune(settings: Settings, host: Host, mix: Mix, seconds: float) -> Tuning:
         return tune(settings, host, mix, seconds, folder=folder, tell=tell)
 
 
-def _given(settings: Settings) -> list[str]:
+def _fixed_keys(settings: Settings) -> list[str]:
     """Return the keys that are tuned and that the settings name themselves."""
     keys = [f"workers.{key}" for key in ("extractors", "slots")]
     keys = [key for key in keys if key.partition(".")[2] in settings.workers.model_fields_set]
@@ -119,7 +119,7 @@ def _given(settings: Settings) -> list[str]:
 
 def _check_open(settings: Settings) -> None:
     """Refuse settings that name everything: what is measured would change nothing."""
-    if len(fixed := _given(settings)) == 3:
+    if len(fixed := _fixed_keys(settings)) == 3:
         raise ConfigError(
             f"nothing is left to choose: the settings name {', '.join(fixed)}; delete these keys "
             "first (--set workers=auto for the two of workers)"

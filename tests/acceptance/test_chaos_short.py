@@ -44,9 +44,9 @@ def test_nothing_is_lost_doubled_or_left_behind(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "chaos.json").read_text())["results"]
     assert [entry["broker"] for entry in results] == ["rabbitmq", "redis"]
     for entry in results:
-        nothing = ("lost", "tagged_twice", "king_exit_2", "poison_lost", "jobs_left")
-        left = ("messages_left", "orphan_processes", "shared_segments", "spool_files")
-        for key in (*nothing, *left):
+        of_posts = ("lost", "tagged_twice", "king_exit_2", "poison_lost", "jobs_left")
+        left_behind = ("messages_left", "orphan_processes", "shared_segments", "spool_files")
+        for key in (*of_posts, *left_behind):
             assert entry[key] == 0, (key, entry)
         assert entry["posts"] == POSTS
         assert entry["published"] > POSTS

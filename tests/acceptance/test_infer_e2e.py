@@ -59,11 +59,11 @@ def test_raw_media_equal_insighttag_tag(folder: Path, capsys: pytest.CaptureFixt
         run(["tag", str(folder / "posts.json"), "--json", "--config", str(folder / "infer.yaml")])
         == 0
     )
-    wanted = untimed(json.loads(capsys.readouterr().out))
-    assert all(post["tags"] for post in wanted)
+    expected = untimed(json.loads(capsys.readouterr().out))
+    assert all(post["tags"] for post in expected)
     assert rig.infer(folder, "--output", str(folder / "one.jsonl")) == 0
     assert "posts 3  labelled 3  gap " in capsys.readouterr().out
-    assert untimed(rig.lines(folder / "one.jsonl")) == wanted
+    assert untimed(rig.lines(folder / "one.jsonl")) == expected
     assert rig.infer(folder, "--output", str(folder / "two.jsonl"), "--processes", "2") == 0
     assert (folder / "one.jsonl").read_bytes() == (folder / "two.jsonl").read_bytes()
 
@@ -117,8 +117,8 @@ def test_the_daemons_default_config_is_one_for_raw_media(project_root: Path) -> 
     """The same file serves both, and options reach their keys."""
     config = project_root / "config" / "infer_config_e2e.yaml"
     assert load_settings(config).infer.processes == 1
-    given = ["--infer_config", str(config), "--input", "x.json", "--processes", "2"]
-    settings = infer_settings(infer_net.SCRIPT.read([*given, "--output", "2026", "--n_gpus", "0"]))
+    words = ["--infer_config", str(config), "--input", "x.json", "--processes", "2"]
+    settings = infer_settings(infer_net.SCRIPT.read([*words, "--output", "2026", "--n_gpus", "0"]))
     assert isinstance(settings, Settings)
     assert (settings.infer.processes, settings.infer.output) == (2, "2026")
     assert settings.infer.n_gpus == 0

@@ -81,11 +81,11 @@ def test_which_posts(command: Command, words: list[str], expected: set[str]) -> 
 
 def test_query_in_extended_json(command: Command) -> None:
     """The types that JSON lacks are written as for pull_posts."""
-    wanted = ObjectId()
-    insert(command, [{"_id": wanted, "text": "x"}])
-    query = json.dumps({"_id": {"$oid": str(wanted)}})
+    object_id = ObjectId()
+    insert(command, [{"_id": object_id, "text": "x"}])
+    query = json.dumps({"_id": {"$oid": str(object_id)}})
     assert "retagging 1 posts" in command("retag", "--query", query)[1]
-    assert [message.post_id for message in command.queued()] == [str(wanted)]
+    assert [message.post_id for message in command.queued()] == [str(object_id)]
 
 
 def test_from_a_file(command: Command, tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def test_the_splits_share_no_post() -> None:
     posts = [read_whole_posts(DATA / f"{split}_cls24_samples.json") for split in SPLITS]
     names = [{post.post_id for post in split} for split in posts]
     media = [{m.source for post in split for m in post.media} for split in posts]
-    for found in (names, media):
-        assert len(set.union(*found)) == sum(map(len, found))
+    for sets in (names, media):
+        assert len(set.union(*sets)) == sum(map(len, sets))
 
 
 def test_sample_features_can_be_made_again() -> None:
@@ -45,9 +45,9 @@ def test_sample_features_can_be_made_again() -> None:
     posts: list[Post] = list(read_whole_posts(DATA / "test_cls24_samples.json"))[:4]
     with local_runner(settings, fuse=False) as runner:
         for post in posts:
-            made, kept = runner.run(post).features, read_features(DATA / "features", post.post_id)
-            assert made.statuses == kept.statuses
-            for stream, array in kept.arrays.items():
+            made, stored = runner.run(post).features, read_features(DATA / "features", post.post_id)
+            assert made.statuses == stored.statuses
+            for stream, array in stored.arrays.items():
                 np.testing.assert_allclose(made.arrays[stream], array, atol=2e-2, rtol=2e-2)
         file = next((DATA / "features").rglob(f"{posts[0].post_id}.safetensors"))
         assert read_header(file).fingerprints == runner.fingerprints

@@ -58,23 +58,23 @@ def write_media(folder: Path) -> list[Post]:
     """Posts of which some lack text, pictures, clips or sound; every third picture has words."""
     posts = []
     for i in range(POSTS):
-        found: list[Media] = []
+        attached: list[Media] = []
         if i % 2 == 0:
             picture = media.noise(96, 64, seed=i)
             if i % 3 == 0:
                 picture = np.full((64, 192, 3), 245, np.uint8)
                 cv2.putText(picture, f"SALE {i}", (8, 44), cv2.FONT_HERSHEY_SIMPLEX, 1.1, 0, 3)
             path = media.write_png(folder / f"{i}.png", picture)
-            found.append(Media("image", str(path)))
+            attached.append(Media("image", str(path)))
         if i % 3 != 1:
             steps = media.grey_steps(4 + i, lowest=10 * i)
             sound = media.tone(duration_s=1.2) if i % 4 == 0 else None
             path = media.write_video(folder / f"{i}.mp4", steps, audio=sound)
-            found.append(Media("video", str(path)))
+            attached.append(Media("video", str(path)))
         if i == 7:
-            found.append(Media("audio", str(media.write_wav(folder / "7.wav", media.tone()))))
+            attached.append(Media("audio", str(media.write_wav(folder / "7.wav", media.tone()))))
         text = "" if i == 6 else f"post {i} about a {LABELS[i % 3]}"
-        posts.append(Post(f"p{i}", text, tuple(found), labels=(LABELS[i % 3],)))
+        posts.append(Post(f"p{i}", text, tuple(attached), labels=(LABELS[i % 3],)))
     return posts
 
 
@@ -163,10 +163,10 @@ def infer(corpus: Corpus, out: Path, root: Path, bundle: Path) -> dict[str, dict
     file = data_file(corpus, root, out / "all.json", corpus.posts)
     config = {"bundle": str(bundle), "features": str(root), "n_gpus": 0, "progress": False}
     (out / "infer.yaml").write_text(yaml.safe_dump(config))
-    found = out / "tags.jsonl"
+    output = out / "tags.jsonl"
     arguments = ["--infer_config", str(out / "infer.yaml"), "--input", str(file)]
-    assert infer_net.main([*arguments, "--output", str(found)]) == 0
-    lines = [json.loads(line) for line in found.read_text().splitlines()]
+    assert infer_net.main([*arguments, "--output", str(output)]) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
     return {line["post_id"]: line for line in lines}
 
 
@@ -187,10 +187,10 @@ def daemon_settings(
     )
 
 
-def same_tags(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+def same_tags(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     """The same tags in the same order, with scores within the rounding of features."""
-    assert [(t["id"], t["name"]) for t in found] == [(t["id"], t["name"]) for t in wanted]
-    np.testing.assert_allclose([t["score"] for t in found], [t["score"] for t in wanted], atol=1e-4)
+    assert [(t["id"], t["name"]) for t in ours] == [(t["id"], t["name"]) for t in theirs]
+    np.testing.assert_allclose([t["score"] for t in ours], [t["score"] for t in theirs], atol=1e-4)
 
 
 def as_dicts(tags: Tags) -> list[dict[str, Any]]:
@@ -199,16 +199,16 @@ def as_dicts(tags: Tags) -> list[dict[str, Any]]:
 
 def test_scheme_2_gives_every_clip_all_its_segments(corpus: Corpus) -> None:
     """Rows of TSN and one vector for each clip, those shorter than the segments too."""
-    for post_id, found in corpus.read(2, "separate").items():
+    for post_id, features in corpus.read(2, "separate").items():
         clips = sum(
             m.kind == "video" for p in corpus.posts if p.post_id == post_id for m in p.media
         )
-        assert ("video" in found.arrays) == ("video_lstm" in found.arrays) == bool(clips)
+        assert ("video" in features.arrays) == ("video_lstm" in features.arrays) == bool(clips)
         if clips:
-            assert found.arrays["video"].shape == (FRAMES, 96)
-            assert found.arrays["video_lstm"].shape == (1, 24)
-        assert {modality_of(stream) for stream in found.arrays} == {
-            m for m, status in found.statuses.items() if status == "ok"
+            assert features.arrays["video"].shape == (FRAMES, 96)
+            assert features.arrays["video_lstm"].shape == (1, 24)
+        assert {modality_of(stream) for stream in features.arrays} == {
+            m for m, status in features.statuses.items() if status == "ok"
         }
 
 
@@ -216,7 +216,7 @@ def test_scheme_2_gives_every_clip_all_its_segments(corpus: Corpus) -> None:
 def test_words_in_pictures_join_the_text_or_stand_alone(corpus: Corpus, scheme: Scheme) -> None:
     """OCR text is in the text's tokens, or in tokens of its own; never in both."""
     append, separate = corpus.read(scheme, "append"), corpus.read(scheme, "separate")
-    read = [post_id for post_id, found in separate.items() if "ocr" in found.arrays]
+    read = [post_id for post_id, features in separate.items() if "ocr" in features.arrays]
     assert "p0" in read
     assert "p6" in read
     for post_id in append:

@@ -21,14 +21,14 @@ _TITLE = re.compile(r'^```python title="([\w.]+)"\n(.*?)^```', re.MULTILINE | re
 def steps(page: str) -> list[tuple[str, str]]:
     """Return what a reader does: ``("draw.py", text)`` to save a file, ``("", line)`` to type."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    found = []
+    actions = []
     for block in FENCE.finditer(text):
         if named := _TITLE.match(block[0]):
-            found.append((named[1], named[2]))
+            actions.append((named[1], named[2]))
         else:
             lines = block["text"].splitlines()
-            found += [("", line) for line in lines if not PREPARED.match(line)]
-    return found
+            actions += [("", line) for line in lines if not PREPARED.match(line)]
+    return actions
 
 
 @pytest.mark.slow

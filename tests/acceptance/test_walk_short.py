@@ -80,7 +80,7 @@ def _site(folder: Path) -> tuple[list[dict[str, Any]], Site]:
 
 
 def test_what_is_planted_is_the_seeds_choice(tmp_path: Path) -> None:
-    found = []
+    sites = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         entries, site = _site(tmp_path / name)
         documents, plants = plant(entries, site, len(WAYS), seed)
@@ -88,12 +88,12 @@ def test_what_is_planted_is_the_seeds_choice(tmp_path: Path) -> None:
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in (site.folder / "broken").iterdir()
         }
-        found.append((documents, plants, files))
-    assert found[0] == found[1]
-    assert {p.post_id for p in found[0][1]} != {p.post_id for p in found[2][1]}
-    assert sorted(p.way for p in found[0][1]) == sorted(WAYS)
-    untouched = {p.post_id for p in found[0][1]}
-    for document in found[0][0]:
+        sites.append((documents, plants, files))
+    assert sites[0] == sites[1]
+    assert {p.post_id for p in sites[0][1]} != {p.post_id for p in sites[2][1]}
+    assert sorted(p.way for p in sites[0][1]) == sorted(WAYS)
+    untouched = {p.post_id for p in sites[0][1]}
+    for document in sites[0][0]:
         if document["_id"] not in untouched:
             assert document["labels"] == ["house"]
             assert document["videos"] == ["http://site/media/v.mp4"]

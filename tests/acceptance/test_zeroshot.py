@@ -105,8 +105,8 @@ def test_the_daemon_tags_by_texts_alone(
     done = python("online_process.py", "--config", str(config), "--drain", timeout_s=180)
     assert done.returncode == 0, done.stderr[-3000:]
     insights = {p["_id"]: p["insight"] for p in client.posts.find()}
-    found = {key: [tag["name"] for tag in of["tags"]] for key, of in insights.items()}
-    assert found == {"w": ["winter sports"], "k": ["cats"]}
+    tags_of = {key: [tag["name"] for tag in of["tags"]] for key, of in insights.items()}
+    assert tags_of == {"w": ["winter sports"], "k": ["cats"]}
     client.close()
 
     more = tag_file(tmp_path, {"name": "volcano", "descriptions": ["volcano in Iceland"]})

@@ -54,9 +54,9 @@ def test_every_command_of_a_page_is_one_that_its_program_takes(page: Path) -> No
 
 def test_pages_have_commands_of_every_kind() -> None:
     """The reader of pages reads: an empty list would make the other tests empty too."""
-    found = [it for page in PAGES for it in commands(page)]
-    assert {it.words[0] for it in found} == {"insighttag", "python", "make"}
-    assert len([it for it in found if not it.synopsis]) > 50
+    documented = [it for page in PAGES for it in commands(page)]
+    assert {it.words[0] for it in documented} == {"insighttag", "python", "make"}
+    assert len([it for it in documented if not it.synopsis]) > 50
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def wrong_make(words: tuple[str, ...]) -> str:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     for word in words[1:]:
         name, assigns, _ = word.partition("=")
-        found = re.search(rf"^{name} *[?:]?=" if assigns else rf"^{name}:", text, re.MULTILINE)
-        if found is None:
+        match = re.search(rf"^{name} *[?:]?=" if assigns else rf"^{name}:", text, re.MULTILINE)
+        if match is None:
             return f"no such {'variable' if assigns else 'target'}: {word}"
     return ""
 
@@ -194,10 +194,12 @@ def test_every_endpoint_of_a_page_is_served(page: Path) -> None:
     # The last is a collector's, by the protocol of OpenTelemetry.
     served = {*openapi.document()["paths"], "/docs", "/v1/traces"}
     text = page.read_text(encoding="utf-8")
-    found = {re.sub(r"(?<=/v1/posts/).+", "{post_id}", it) for it in _ENDPOINT.findall(text)}
+    documented = {re.sub(r"(?<=/v1/posts/).+", "{post_id}", it) for it in _ENDPOINT.findall(text)}
     # `/v1/posts` stands for all below it.
     assert (
-        sorted(it for it in found if not any(f"{path}/".startswith(f"{it}/") for path in served))
+        sorted(
+            it for it in documented if not any(f"{path}/".startswith(f"{it}/") for path in served)
+        )
         == []
     )
 

@@ -35,8 +35,8 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     loaded = re.compile(
         r"""<(?:script|img|link|iframe)\b[^>]*?\b(?:src|href)=["'](?:https?:)?//[^>]*>"""
     )
-    found = {page.name: loaded.findall(page.read_text("utf-8")) for page in site.glob("*.html")}
-    assert {page: tags for page, tags in found.items() if tags} == {}
+    foreign = {page.name: loaded.findall(page.read_text("utf-8")) for page in site.glob("*.html")}
+    assert {page: tags for page, tags in foreign.items() if tags} == {}
     styles = [*site.rglob("*.css")]
     assert styles
     assert not [

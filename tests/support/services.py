@@ -316,12 +316,12 @@ class RabbitMQServer(Server):
 
     @staticmethod
     def _epmd_binary() -> str:
-        found = shutil.which("epmd") or next(
+        binary = shutil.which("epmd") or next(
             map(str, Path("/usr/lib/erlang").glob("erts-*/bin/epmd")), None
         )
-        if found is None:
+        if binary is None:
             raise RuntimeError("epmd of Erlang was not found")
-        return found
+        return binary
 
     def _environment(self) -> Mapping[str, str]:
         (self.folder / "enabled_plugins").write_text("[].\n")

@@ -20,8 +20,8 @@ MACHINE_PATH = re.compile(r"""(?<![\w.:/])/(?:home|root|Users|work|mnt|opt|data)
 
 
 def modules() -> list[Path]:
-    found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    return [*found, *sorted(ROOT.glob("*.py"))]
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return [*paths, *sorted(ROOT.glob("*.py"))]
 
 
 def modules_beside() -> list[Path]:
@@ -76,18 +76,18 @@ def test_no_docstring_begins_with_a_question() -> None:
 
 def test_no_assert_validates_in_product_code() -> None:
     """``python -O`` would remove the check."""
-    found = [
+    asserts = [
         f"{name(path)}:{node.lineno}"
         for path, tree in trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.Assert)
     ]
-    assert found == []
+    assert asserts == []
 
 
 def test_print_only_in_command_output() -> None:
     """Outside the commands and their packages, messages go to the log."""
-    found = [
+    calls = [
         f"{name(path)}:{node.lineno}"
         for path, tree in trees()
         if path.parent != ROOT
@@ -97,7 +97,7 @@ def test_print_only_in_command_output() -> None:
         and isinstance(node.func, ast.Name)
         and node.func.id in {"print", "breakpoint", "input"}
     ]
-    assert found == []
+    assert calls == []
 
 
 def test_every_module_and_package_says_its_job() -> None:
@@ -116,18 +116,18 @@ def tracked_files() -> list[Path]:
 
 
 def test_no_path_of_one_machine() -> None:
-    found: list[str] = []
+    lines_with_paths: list[str] = []
     for path in tracked_files():
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
             continue
-        found += [
+        lines_with_paths += [
             f"{name(path)}:{number}: {line.strip()[:100]}"
             for number, line in enumerate(lines, 1)
             if MACHINE_PATH.search(line) and path != Path(__file__).resolve()
         ]
-    assert found == []
+    assert lines_with_paths == []
 
 
 def test_constraints_pin_every_direct_dependency() -> None:
@@ -143,7 +143,7 @@ def test_constraints_pin_every_direct_dependency() -> None:
         Requirement(line.strip()) for block in blocks for line in block.splitlines() if line.strip()
     ]
     for python in ("3.10", "3.11", "3.12"):
-        wanted = {
+        names = {
             it.name.lower()
             for it in required
             if it.marker is None or it.marker.evaluate({"python_version": python})
@@ -152,4 +152,4 @@ def test_constraints_pin_every_direct_dependency() -> None:
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
         assert all(re.fullmatch(r"[a-z0-9-]+==[\w.!+]+", line) for line in lines), python
         pinned = {line.split("==")[0] for line in lines}
-        assert {w.replace("_", "-") for w in wanted} - pinned == set(), python
+        assert {w.replace("_", "-") for w in names} - pinned == set(), python

@@ -79,13 +79,13 @@ def test_figures_are_those_of_the_files(corpus: Corpus, done: Path) -> None:
     for kind, key in (("image", "images"), ("video", "videos"), ("audio", "audios")):
         sources = [source for post in corpus.posts for source in post[key]]
         contents = {(corpus.file.parent / source).read_bytes() for source in sources}
-        found = facts["media"][kind]
-        assert found["uses"] == len(sources)
-        assert (found["files"], found["bytes"]) == (len(contents), sum(map(len, contents)))
-        assert found["broken"] == {}
+        of_kind = facts["media"][kind]
+        assert of_kind["uses"] == len(sources)
+        assert (of_kind["files"], of_kind["bytes"]) == (len(contents), sum(map(len, contents)))
+        assert of_kind["broken"] == {}
         if kind != "image":
-            assert found["duration_s"]["values"] == len(contents)
-            assert 0.5 < found["duration_s"]["mean"] < 10
+            assert of_kind["duration_s"]["values"] == len(contents)
+            assert 0.5 < of_kind["duration_s"]["mean"] < 10
     assert set(facts["media"]["video"]["codecs"]) <= {"h264", "aac (sound)"}
     assert facts["modalities"]["text"] == sum(bool(post["text"].strip()) for post in corpus.posts)
 
@@ -96,9 +96,9 @@ def test_duplicates_have_the_agreed_form(corpus: Corpus, done: Path) -> None:
     assert {line["kind"] for line in lines} == {"exact_media", "near_image", "near_text"}
     (exact,) = [line for line in lines if line["kind"] == "exact_media"]
     assert tuple(exact["members"]) == corpus.exact[0]
-    found = analysis(done)["duplicates"]
-    assert found["kinds"]["exact_media"]["labels_differ"] == 1
-    assert "other" in found["disputed_tags"]
+    duplicates = analysis(done)["duplicates"]
+    assert duplicates["kinds"]["exact_media"]["labels_differ"] == 1
+    assert "other" in duplicates["disputed_tags"]
 
 
 class _Outside(HTMLParser):
@@ -240,10 +240,10 @@ def test_killed_and_run_again_gives_the_same_bytes(
         wait_for_children(process.pid)
         assert least <= known(out) < known(whole)
         assert not any((out / name).exists() for name in RESULTS)
-    left = known(whole) - known(out)
+    missing = known(whole) - known(out)
     capsys.readouterr()
     assert main(arguments(larger, out)) == 0
-    assert f"{left:,} files measured in this run" in capsys.readouterr().err
+    assert f"{missing:,} files measured in this run" in capsys.readouterr().err
     assert results(out) == results(whole)
     assert not list((out / ".state").glob("work-*"))
 
@@ -292,16 +292,16 @@ def test_broken_lines_are_counted_with_their_reasons(tmp_path: Path) -> None:
     posts = tmp_path / "p.jsonl"
     posts.write_text("\n".join(lines) + "\n")
     assert main([str(posts), "--out", str(tmp_path / "out")]) == 0
-    found = analysis(tmp_path / "out")["posts"]
-    assert found["kept"] == 2
-    assert found["left_out"] == {
+    counts = analysis(tmp_path / "out")["posts"]
+    assert counts["kept"] == 2
+    assert counts["left_out"] == {
         "labels must be a list of texts": 1,
         "must have a post_id, a text": 3,
         "not JSON": 1,
         "post_id appears twice": 1,
     }
-    assert found["left_out_examples"][-1]["line"] == 7
-    assert found["without_labels"] == 1
+    assert counts["left_out_examples"][-1]["line"] == 7
+    assert counts["without_labels"] == 1
 
 
 def test_memory_does_not_grow_with_the_posts(tmp_path: Path) -> None:
@@ -340,6 +340,6 @@ def test_a_killer_file_costs_only_itself(tmp_path: Path, monkeypatch: pytest.Mon
     path = write_jpeg(tmp_path / "a.jpg", quadrants(64, 48))
     names = ["a", "b", "deadly", "c", "d", "e", "f", "g", "h"]
     monkeypatch.setattr(measure, "measure", _die)
-    found = list(measure_all([Task(name, path, "image") for name in names], 1))
-    by_name = {m.task.name: m.fact.reason for m in found if isinstance(m, Measured)}
+    outcomes = list(measure_all([Task(name, path, "image") for name in names], 1))
+    by_name = {m.task.name: m.fact.reason for m in outcomes if isinstance(m, Measured)}
     assert by_name == {name: DIED if name == "deadly" else None for name in names}

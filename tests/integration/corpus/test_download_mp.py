@@ -41,12 +41,12 @@ def manifest(out: Path) -> list[dict[str, Any]]:
 
 def reasons(out: Path) -> dict[str, str]:
     """Path of the source ─► why it failed."""
-    found = {}
+    reasons_by_path = {}
     for line in manifest(out):
         if line["status"] == "failed":
             path = line["source"].removeprefix("http://").partition("/")[2]
-            found[path] = f"{line['reason']['type']}: {line['reason']['message']}"
-    return found
+            reasons_by_path[path] = f"{line['reason']['type']}: {line['reason']['message']}"
+    return reasons_by_path
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -112,11 +112,11 @@ def test_every_media_gets_its_line(site: MediaSite, tmp_path: Path) -> None:
     }
     assert len(list((out / "media").rglob("*.*"))) == 3
     assert site.requests["/png/1"] == 1, "a URL is asked for once, whatever follows its #"
-    kept = [json.loads(line) for line in (out / "posts.jsonl").read_text().splitlines()]
-    assert [post["post_id"] for post in kept] == ["p0", "p1", "p2", "s", "v"]
-    assert kept[0]["images"] == [line["path"] for line in lines[:4]]
-    assert kept[1]["images"] == []
-    assert kept[0]["text"] == "text 0"
+    downloaded = [json.loads(line) for line in (out / "posts.jsonl").read_text().splitlines()]
+    assert [post["post_id"] for post in downloaded] == ["p0", "p1", "p2", "s", "v"]
+    assert downloaded[0]["images"] == [line["path"] for line in lines[:4]]
+    assert downloaded[1]["images"] == []
+    assert downloaded[0]["text"] == "text 0"
     rejected = json.loads((out / "rejected.jsonl").read_text())
     assert rejected["line"] == 6
     assert rejected["reason"].startswith("not JSON")

@@ -62,12 +62,12 @@ def test_the_features_are_those_of_the_daemon(corpus: Path) -> None:
             path = feature_path(corpus / "features", post.post_id)
             if post.post_id == "broken" or post.post_id == "lost":  # noqa: PLR1714
                 continue  # below: which script names what is broken
-            expected, found = (
+            expected, features = (
                 local.run(post).features,
                 read_features(corpus / "features", post.post_id),
             )
             for stream, array in expected.arrays.items():
-                np.testing.assert_array_equal(found.arrays[stream], array)
+                np.testing.assert_array_equal(features.arrays[stream], array)
             inputs = read_header(path).inputs
             assert path.read_bytes() == features_bytes(expected, local.fingerprints, inputs)
             compared += 1

@@ -89,9 +89,9 @@ def test_each_post_is_extracted_by_weights_that_do_not_know_it(
         assert [post_id in learned for post_id in ids] == [i not in own for i in ids]
         _extracted(posts, work / f"fold-{fold}" / "fold.jsonl", posts / f"own{fold}", weights)
         for post_id in own:
-            found = read_features(root, post_id, made_with).arrays["image"]
-            wanted = read_features(posts / f"own{fold}", post_id).arrays["image"]
-            np.testing.assert_array_equal(found, wanted)
+            array = read_features(root, post_id, made_with).arrays["image"]
+            expected = read_features(posts / f"own{fold}", post_id).arrays["image"]
+            np.testing.assert_array_equal(array, expected)
             assert read_header(feature_path(root, post_id)).learned_from == ()
             assert read_header(feature_path(posts / "plain", post_id)).learned_from == ("image",)
     monkeypatch.setattr(training, "train_backbones", None)

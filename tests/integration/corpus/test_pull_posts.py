@@ -56,8 +56,8 @@ def ids_of(folder: Path) -> list[str]:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "p.summary.json").read_text(encoding="utf-8"))
-    return found
+    summary: dict[str, Any] = json.loads((folder / "p.summary.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -169,11 +169,11 @@ def test_query_limit_untagged_and_time(
     arguments: list[str], insert: Insert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Posts that the options leave out are counted; a line says so when none remain."""
-    found = documents(40)
-    for document in found[:10]:
+    stored = documents(40)
+    for document in stored[:10]:
         document["insight"] = {"status": "tagged"}
-    found[20]["at"] = None
-    insert(found)
+    stored[20]["at"] = None
+    insert(stored)
     assert main([*arguments, "--query", '{"labels": "b"}', "--limit", "5"]) == 0
     assert ids_of(tmp_path) == [f"p{i:05}" for i in range(0, 10, 2)]
     assert main([*arguments, "--untagged", "--query", '{"labels":  "c"}']) == 0
@@ -216,13 +216,13 @@ def test_sample_is_fixed_by_its_seed(arguments: list[str], insert: Insert, tmp_p
 
 def test_rare_tags_are_left_out(arguments: list[str], insert: Insert, tmp_path: Path) -> None:
     """Rare tags go, posts with no other tag too; a sample keeps so many posts of each tag."""
-    found = documents(300)
-    found[3]["labels"], found[5]["labels"] = ["rare"], []
-    found[7]["labels"] = ["rare", "a"]
-    insert(found)
+    stored = documents(300)
+    stored[3]["labels"], stored[5]["labels"] = ["rare"], []
+    stored[7]["labels"] = ["rare", "a"]
+    insert(stored)
     assert main([*arguments, "--min_posts_per_tag", "6"]) == 0
     posts = {post["post_id"]: post for post in posts_of(tmp_path)}
-    assert set(map(str, [d["_id"] for d in found])) - set(posts) == {"p00003", "p00005"}
+    assert set(map(str, [d["_id"] for d in stored])) - set(posts) == {"p00003", "p00005"}
     assert posts["p00007"]["labels"] == ["a"]
     summary = summary_of(tmp_path)
     assert summary["skipped"] == {"no tags": 1, "only tags of too few posts": 1}
@@ -236,10 +236,10 @@ def test_rare_tags_are_left_out(arguments: list[str], insert: Insert, tmp_path: 
 
 def test_random_kills_change_nothing(arguments: list[str], insert: Insert, tmp_path: Path) -> None:
     more = ["--sample", "500", "--min_posts_per_tag", "10"]
-    found = documents(600)
-    for document in found[::100]:
+    stored = documents(600)
+    for document in stored[::100]:
         document["text"], document["images"] = 3, None
-    insert(found)
+    insert(stored)
     assert main([*arguments, *more]) == 0
     calm = results(tmp_path)
     for path in tmp_path.iterdir():
@@ -261,8 +261,8 @@ def test_random_kills_change_nothing(arguments: list[str], insert: Insert, tmp_p
     assert main([*arguments, *more]) == 0
     assert results(tmp_path) == calm
     assert any(kills), "every run had ended before it was killed"
-    left = {path.name for path in tmp_path.iterdir()} - set(calm)
-    assert left == {".p.jsonl.lock"}
+    leftovers = {path.name for path in tmp_path.iterdir()} - set(calm)
+    assert leftovers == {".p.jsonl.lock"}
 
 
 def test_signal_ends_it_in_good_order(arguments: list[str], insert: Insert, tmp_path: Path) -> None:

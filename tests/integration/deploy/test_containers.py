@@ -182,9 +182,9 @@ def test_promtool_finds_no_fault_with_prometheus_of_compose(tmp_path: Path) -> N
 
 def test_helm_finds_no_fault_with_the_chart() -> None:
     helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")
-    found = helm.lint(CHART)
-    assert found["errors"] == []
-    assert [it["error"] for it in found["messages"]] == ["icon is recommended"]
+    report = helm.lint(CHART)
+    assert report["errors"] == []
+    assert [it["error"] for it in report["messages"]] == ["icon is recommended"]
 
 
 @pytest.mark.parametrize("values", [{}, EVERYTHING, BY_PROMETHEUS], ids=["few", "all", "other"])

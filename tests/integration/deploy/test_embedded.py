@@ -98,8 +98,8 @@ def test_a_second_command_finds_the_services(settings: Settings) -> None:
     )
     folder = settings.embedded.folder
     command = ["-c", program, str(folder.parent / "settings.yaml"), str(folder)]
-    found = python(*command, check=True)
-    assert found.stdout.split() == [resolved.broker.url, resolved.store.url]
+    done = python(*command, check=True)
+    assert done.stdout.split() == [resolved.broker.url, resolved.store.url]
     assert pids(settings) == before
 
     stopped = python(*command, "stop", check=True)

@@ -44,11 +44,11 @@ def vectors(extractor: RowExtractor, items: list[object]) -> np.ndarray:
     return np.concatenate(rows).astype(np.float32)
 
 
-def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
+def assert_same(rows: np.ndarray, expected: np.ndarray) -> None:
     cosines = (
-        (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+        (rows * expected).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(expected, axis=1)
     )
-    assert found.shape == wanted.shape
+    assert rows.shape == expected.shape
     assert cosines.min() > 0.9999
 
 
@@ -138,10 +138,10 @@ def test_a_network_that_cannot_be_traced_runs_in_torch() -> None:
     rows = [[np.ones((n, 3), np.float32)] for n in (2, 3)]
     network = Moody()
     with structlog.testing.capture_logs() as logs:
-        found = load_graph(
+        graph = load_graph(
             network, network, rows, arithmetic="fp32", named="moody", depends_on="moody"
         )
-    assert found is None
+    assert graph is None
     assert [(line["event"], line["use"]) for line in logs] == [
         ("extractors.graph_differs", "torch")
     ]
@@ -162,9 +162,9 @@ def test_bfloat16_is_left_where_it_differs() -> None:
 
     network = Fine().requires_grad_(False)
     rows = [[CHANCE.normal(size=(n, 8)).astype(np.float32)] for n in (2, 3)]
-    found = load_graph(network, network, rows, arithmetic="bf16", named="fine", depends_on="fine")
-    assert found is not None
-    assert found.arithmetic == "fp32"
+    graph = load_graph(network, network, rows, arithmetic="bf16", named="fine", depends_on="fine")
+    assert graph is not None
+    assert graph.arithmetic == "fp32"
 
 
 def test_processes_do_not_share_one_core() -> None:

@@ -39,8 +39,8 @@ def run(ocr: OcrExtractor, *items: tuple[np.ndarray, ...]) -> list[str]:
 
 
 def test_lines_are_read_in_order(ocr: OcrExtractor) -> None:
-    (found,) = run(ocr, (picture("GRAND OPENING", "coffee 42"),))
-    assert words(found) == "grandopening\ncoffee42"
+    (text,) = run(ocr, (picture("GRAND OPENING", "coffee 42"),))
+    assert words(text) == "grandopening\ncoffee42"
 
 
 def test_items_keep_their_own_text_and_order(ocr: OcrExtractor) -> None:
@@ -52,8 +52,8 @@ def test_items_keep_their_own_text_and_order(ocr: OcrExtractor) -> None:
 
 
 def test_a_line_that_stays_on_screen_is_read_once(ocr: OcrExtractor) -> None:
-    (found,) = run(ocr, (picture("SALE"), picture("SALE"), picture("SALE", "now")))
-    assert words(found).split("\n") == ["sale", "now"]
+    (text,) = run(ocr, (picture("SALE"), picture("SALE"), picture("SALE", "now")))
+    assert words(text).split("\n") == ["sale", "now"]
 
 
 def test_confidence_and_length_limit_the_text() -> None:

@@ -113,8 +113,8 @@ def ocr(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OcrE
 def test_ppocr_reads_every_script_and_direction(ocr: OcrExtractor, name: str) -> None:
     """English, Chinese, rotated and vertical text, exactly; nothing where there is none."""
     picture, text = PICTURES[name]
-    (found,) = ocr.forward([ocr.preprocess((picture,))])
-    assert found.replace(" ", "").lower() == text
+    (read,) = ocr.forward([ocr.preprocess((picture,))])
+    assert read.replace(" ", "").lower() == text
 
 
 def test_the_finders_end_as_products_gives_the_same_map() -> None:
@@ -130,11 +130,11 @@ def test_the_finders_end_as_products_gives_the_same_map() -> None:
     assert "ConvolutionBackpropData" not in {op.get_type_name() for op in model.get_ops()}
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 64, 96)).astype(np.float32)
     options = {"INFERENCE_PRECISION_HINT": "f32"}
-    found = openvino.Core().compile_model(model, "CPU", options)(pixels)[0]
+    ours = openvino.Core().compile_model(model, "CPU", options)(pixels)[0]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    [wanted] = session.run(None, {session.get_inputs()[0].name: pixels})
-    assert np.ptp(wanted) > 0
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
+    [theirs] = session.run(None, {session.get_inputs()[0].name: pixels})
+    assert np.ptp(theirs) > 0
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 def test_cpu_engines_give_one_fingerprint() -> None:

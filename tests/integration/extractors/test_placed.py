@@ -60,9 +60,9 @@ def no_network(*_: Any) -> None:
 
 def features(extractor: RowExtractor, items: Sequence[Any]) -> np.ndarray:
     extractor.load()
-    found = extractor.forward([extractor.preprocess(item) for item in items])
+    rows = extractor.forward([extractor.preprocess(item) for item in items])
     extractor.close()
-    return np.concatenate(found)
+    return np.concatenate(rows)
 
 
 def test_a_copied_folder_starts_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,13 +97,13 @@ def test_a_copied_folder_starts_offline(tmp_path: Path, monkeypatch: pytest.Monk
         shutil.rmtree(folder)
     monkeypatch.chdir(machine)
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    found = {
+    arrays = {
         name: features(family.build(Path(name), {"precision": "fp32"}), family.items())
         for name, family in families.items()
     }
-    found[TINY_VIT] = features(VisualExtractor("image", image), pixels)
+    arrays[TINY_VIT] = features(VisualExtractor("image", image), pixels)
     for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
     assert audio_encoder(AudioSettings(arch="me/clap-fused")) is AUDIO_ENCODERS["clap"]
 
 

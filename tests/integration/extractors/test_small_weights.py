@@ -46,8 +46,8 @@ def samples() -> np.ndarray:
     from sklearn.datasets import load_sample_image
 
     pictures = [load_sample_image(name) for name in ("flower.jpg", "china.jpg")]
-    left = (640 - 427) // 2
-    squares = [np.ascontiguousarray(each[:, left : left + 427]) for each in pictures]
+    margin = (640 - 427) // 2
+    squares = [np.ascontiguousarray(each[:, margin : margin + 427]) for each in pictures]
     return np.stack([cv2.resize(s, (224, 224), interpolation=cv2.INTER_AREA) for s in squares])
 
 
@@ -110,8 +110,8 @@ def test_lite0_is_its_checkpoint_and_knows_a_daisy_and_a_palace() -> None:
         expected = reference.features(pictures)
         network = backbone.model
         states = network.forward_features(pixels)  # type: ignore[operator]
-        found = network.forward_head(states, pre_logits=True)  # type: ignore[operator]
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        vectors = network.forward_head(states, pre_logits=True)  # type: ignore[operator]
+    torch.testing.assert_close(vectors, expected, atol=1e-4, rtol=1e-4)
 
     extractor = VisualExtractor("image", SMALL.image, backbone=backbone)
     extractor.load()

@@ -34,10 +34,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def features(settings: AudioSettings, item: np.ndarray) -> np.ndarray:
     extractor = AudioExtractor(settings)
     extractor.load()
-    found: np.ndarray
-    (found,) = extractor.forward([extractor.preprocess(item)])
+    rows: np.ndarray
+    (rows,) = extractor.forward([extractor.preprocess(item)])
     extractor.close()
-    return found
+    return rows
 
 
 def test_vggish_keeps_the_contract_of_every_family(weights: Path) -> None:
@@ -61,9 +61,9 @@ def test_vggish_is_torchvggish(weights: Path) -> None:
     assert (before[0] < 0).any()
 
     base = AudioSettings(weights=str(weights), precision="fp32")
-    found = features(base, item)
-    assert found.shape == (3, 128)
-    np.testing.assert_allclose(found, before[0].numpy(), atol=1e-4, rtol=2e-3)
+    rows = features(base, item)
+    assert rows.shape == (3, 128)
+    np.testing.assert_allclose(rows, before[0].numpy(), atol=1e-4, rtol=2e-3)
     with_relu = features(base.model_copy(update={"stray_relu": True}), item)
     np.testing.assert_allclose(with_relu, after.numpy(), atol=1e-4, rtol=2e-3)
 
@@ -71,9 +71,9 @@ def test_vggish_is_torchvggish(weights: Path) -> None:
     postprocessor._pca_matrix, postprocessor._pca_means = vectors, means
     both = base.model_copy(update={"stray_relu": True, "postprocess": True})
     expected = postprocessor.postprocess(after)
-    found = features(both, item)
-    assert np.abs(found - expected.numpy()).max() <= 1  # one step of the quantiser
-    assert len(np.unique(found)) > 3
+    rows = features(both, item)
+    assert np.abs(rows - expected.numpy()).max() <= 1  # one step of the quantiser
+    assert len(np.unique(rows)) > 3
 
 
 def test_pretrained_vggish_is_found_in_torch_hub_and_in_place(
@@ -108,8 +108,8 @@ def test_pretrained_vggish_is_found_in_torch_hub_and_in_place(
             assert fetch(need, PLACED)
             shutil.rmtree(folder)
         for array, postprocess in zip(expected, (False, True), strict=True):
-            found = features(AudioSettings(postprocess=postprocess), item)
-            np.testing.assert_array_equal(found, array, err_msg=place)
+            rows = features(AudioSettings(postprocess=postprocess), item)
+            np.testing.assert_array_equal(rows, array, err_msg=place)
 
 
 def test_a_released_file_with_another_checksum_is_not_put_in_place(

@@ -192,9 +192,9 @@ def test_numpy_arrays_of_any_age_are_read(tmp_path: Path, zipped: bool) -> None:
     else:
         path.write_bytes(path.read_bytes().replace(new, old))
     assert old in b"".join(parts.values()) if zipped else old in path.read_bytes()
-    found = read_state_dict(path, setting="s")
+    state = read_state_dict(path, setting="s")
     for key, array in arrays.items():
-        np.testing.assert_array_equal(found[key].numpy(), array)
+        np.testing.assert_array_equal(state[key].numpy(), array)
 
 
 def test_files_that_are_no_state_dict_are_refused(tmp_path: Path) -> None:

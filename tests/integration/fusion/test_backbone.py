@@ -104,9 +104,9 @@ def learn(
         posts = build_set(*train, seed=seed)
         data = TrainData(posts, build_set(*valid), collate_media, len(posts))
         optimizer = OptimizerSettings(learning_rate=4e-3, gradient_clip=1.0)
-        given: dict[str, Any] = {"trainer_settings": trainer, "optimizer": optimizer}
-        given |= {"name": kind, "signature": "signature", "seed": seed}
-        return train_model(fabric, data, build, save, (folder / "weights.safetensors",), **given)
+        more: dict[str, Any] = {"trainer_settings": trainer, "optimizer": optimizer}
+        more |= {"name": kind, "signature": "signature", "seed": seed}
+        return train_model(fabric, data, build, save, (folder / "weights.safetensors",), **more)
 
     return distributed.run(trainer, work)
 
@@ -119,8 +119,8 @@ def test_sound_is_learned_and_serves_as_an_extractor(tmp_path: Path) -> None:
     extractor = AudioExtractor(settings)
     extractor.load()
     items, _ = patches(2, 3)
-    found = extractor.forward([extractor.preprocess(item) for item in items])
-    assert [f.shape for f in found] == [(len(item), extractor.dim) for item in items]
+    rows = extractor.forward([extractor.preprocess(item) for item in items])
+    assert [f.shape for f in rows] == [(len(item), extractor.dim) for item in items]
 
 
 def test_movements_are_learned_from_ordered_frames(tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_where_it_moves() -> None:
     clip = torch.zeros(2, 5, 3, 70, 70)
     for frame in range(5):
         clip[0, frame, :, 30:40, 10 * frame : 10 * frame + 10] = 255
-    found = where_it_moves(clip).view(2, 5, 7, 7)
+    maps = where_it_moves(clip).view(2, 5, 7, 7)
     for frame in range(5):
-        assert found[0, frame].flatten().argmax() == 3 * 7 + frame
-        assert found[0, frame].sum() == pytest.approx(1)
-    assert not found[1].any()
+        assert maps[0, frame].flatten().argmax() == 3 * 7 + frame
+        assert maps[0, frame].sum() == pytest.approx(1)
+    assert not maps[1].any()
 
 
 def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
@@ -169,11 +169,13 @@ def test_augmentation_keeps_shape_and_kind(kind: Kind) -> None:
     if kind == "clip":
         item[:] = item[:1]
     for _ in range(10):
-        found = augment(item, kind, chance)
-        assert (found.shape, found.dtype) == (item.shape, item.dtype)
-        assert not np.array_equal(found, item)
+        augmented = augment(item, kind, chance)
+        assert (augmented.shape, augmented.dtype) == (item.shape, item.dtype)
+        assert not np.array_equal(augmented, item)
         if kind == "clip":
-            np.testing.assert_array_equal(found, np.broadcast_to(found[:1], found.shape))
+            np.testing.assert_array_equal(
+                augmented, np.broadcast_to(augmented[:1], augmented.shape)
+            )
 
 
 def test_unknown_architectures_and_weights_that_are_not_there() -> None:

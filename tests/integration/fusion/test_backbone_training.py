@@ -121,7 +121,7 @@ def test_pictures_become_the_image_extractors_weights(
     )
     extractor.load()
     picture = MediaItems().picture(posts / "pictures" / "0-0.jpg", SIZE)
-    [found] = extractor.forward([picture[None]])
+    [vectors] = extractor.forward([picture[None]])
     best = torch.load(out / "latest" / "ckpt" / "best.pt", weights_only=True)["model"]
     tagger = MediaTagger(
         create_backbone(TINY_CNN, "picture", (SIZE, SIZE), "scratch"), (SIZE, SIZE), 3, 0
@@ -130,8 +130,8 @@ def test_pictures_become_the_image_extractors_weights(
     tagger.eval()
     with torch.inference_mode():
         pixels = torch.from_numpy(picture[None]).permute(0, 3, 1, 2).float()
-        wanted = tagger.backbone(tagger.normalize(pixels))
-    np.testing.assert_allclose(found, wanted, atol=2e-2, rtol=2e-3)
+        expected = tagger.backbone(tagger.normalize(pixels))
+    np.testing.assert_allclose(vectors, expected, atol=2e-2, rtol=2e-3)
 
 
 def test_sounds_become_the_audio_extractors_weights(tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_sounds_become_the_audio_extractors_weights(tmp_path: Path) -> None:
     assert skipped["post_id"] == "bad"
     extractor = AudioExtractor(AudioSettings(arch="test_resnet", weights=str(weights)))
     extractor.load()
-    [found] = extractor.forward([np.zeros((2, 96, 64), np.float32)])
-    assert found.shape == (2, extractor.dim)
+    [vectors] = extractor.forward([np.zeros((2, 96, 64), np.float32)])
+    assert vectors.shape == (2, extractor.dim)
     learned = learned_from(FeatureSettings(audio=AudioSettings(weights=str(weights))))
     assert "train0" in learned["audio"]
     assert "valid0" not in learned["audio"]
@@ -210,8 +210,8 @@ def test_texts_become_a_small_bert(tmp_path: Path) -> None:
     folder = out / "weights" / "bert"
     extractor = TextExtractor(TextSettings(arch=str(folder)))
     extractor.load()
-    [found] = extractor.forward([extractor.preprocess("by the sea")])
-    assert found.shape == (5, extractor.dim)
+    [tokens] = extractor.forward([extractor.preprocess("by the sea")])
+    assert tokens.shape == (5, extractor.dim)
     # What was served stays when the next one cannot be written.
     content, tagger = (folder / "config.json").read_bytes(), TextTagger(30, 3)
     with pytest.raises(AttributeError, match="save_pretrained"):
@@ -254,19 +254,19 @@ def test_videos_become_tsn_and_lstm(posts: Path, tmp_path: Path) -> None:
     clip = posts / "videos" / "0.mp4"
     decoded = decode_media("video", clip, tiny_features(video=served), DecodeSettings())
     assert decoded.frames is not None
-    [found] = extractor.forward([decoded.frames])
-    assert found["video"].shape == (FRAMES, 96)
-    assert found["video_lstm"].shape == (1, LSTM["width"])
+    [streams] = extractor.forward([decoded.frames])
+    assert streams["video"].shape == (FRAMES, 96)
+    assert streams["video_lstm"].shape == (1, LSTM["width"])
     # What the LSTM was trained on is what the extractor gives it.
-    kept = [np.load(path) for path in (out / "frames").rglob("*.npy")]
-    assert len(kept) == 18
-    assert any(np.array_equal(rows, found["video"]) for rows in kept)
+    frame_rows = [np.load(path) for path in (out / "frames").rglob("*.npy")]
+    assert len(frame_rows) == 18
+    assert any(np.array_equal(rows, streams["video"]) for rows in frame_rows)
 
 
 class _Tired(MediaItems):
     """Reads so many files, and then no more."""
 
-    left: int
+    remaining: int
 
     def picture(self, path: Path, size: int) -> Any:
         self._count()
@@ -277,14 +277,14 @@ class _Tired(MediaItems):
         return super().frames(path, size, count, random)
 
     def _count(self) -> None:
-        object.__setattr__(self, "left", self.left - 1)
-        if self.left < 0:
+        object.__setattr__(self, "remaining", self.remaining - 1)
+        if self.remaining < 0:
             raise MediaError("the disk is gone")
 
     @classmethod
     def after(cls, reads: int) -> "_Tired":
         made = cls()
-        object.__setattr__(made, "left", reads)
+        object.__setattr__(made, "remaining", reads)
         return made
 
 

@@ -85,9 +85,9 @@ def test_onnx_gives_the_inferers_scores(name: str, tmp_path: Path) -> None:
     import onnxruntime
 
     bundle = bundle_of(tmp_path, name)
-    found = export(fusion_graph(bundle), "onnx", tmp_path / "model.onnx")
-    assert found.largest < 1e-5
-    session = onnxruntime.InferenceSession(found.path, providers=["CPUExecutionProvider"])
+    exported = export(fusion_graph(bundle), "onnx", tmp_path / "model.onnx")
+    assert exported.largest < 1e-5
+    session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
     (scores,) = session.run(["scores"], batch_inputs(bundle))
     np.testing.assert_allclose(scores, inferer_scores(bundle), atol=1e-5)
 
@@ -98,10 +98,10 @@ def test_torch_export_gives_the_inferers_scores(name: str, tmp_path: Path) -> No
     many = name == "ensemble"
     bundle = bundle_of(tmp_path, "gmu" if many else name, members=2 if many else 1)
     graph = fusion_graph(bundle)
-    found = export(graph, "torch", tmp_path / "model.pt2")
-    assert found.how.startswith("torch.export")
-    assert found.largest < 1e-5
-    module = torch.export.load(found.path).module() if name == "late" else graph.module
+    exported = export(graph, "torch", tmp_path / "model.pt2")
+    assert exported.how.startswith("torch.export")
+    assert exported.largest < 1e-5
+    module = torch.export.load(exported.path).module() if name == "late" else graph.module
     inputs = [torch.from_numpy(array) for array in batch_inputs(bundle).values()]
     with torch.no_grad():
         scores = module(*inputs).numpy()
@@ -114,14 +114,14 @@ def test_legacy_files_come_back(form: Format, tmp_path: Path) -> None:
     for members in (1, 2):
         folder = rig.make(tmp_path / str(members), posts=4)
         bundle = bundle_of(folder, "gmu", members=members, seed=3)
-        found = export(fusion_graph(bundle), form, folder / "model.pth")
-        assert found.largest == 0
+        exported = export(fusion_graph(bundle), form, folder / "model.pth")
+        assert exported.largest == 0
         output = ["--output", str(folder / "t.jsonl")]
         assert rig.infer(folder, *output) == 0
-        wanted = [line["scores"] for line in rig.lines(folder / "t.jsonl")]
-        given = ["--best_model", str(found.path), "--set", "allow_pickle=true"]
-        assert rig.infer(folder, *output, *given) == 0
-        assert [line["scores"] for line in rig.lines(folder / "t.jsonl")] == wanted
+        scores = [line["scores"] for line in rig.lines(folder / "t.jsonl")]
+        options = ["--best_model", str(exported.path), "--set", "allow_pickle=true"]
+        assert rig.infer(folder, *output, *options) == 0
+        assert [line["scores"] for line in rig.lines(folder / "t.jsonl")] == scores
 
 
 def test_the_file_beside_it_is_enough_to_tag(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_the_file_beside_it_is_enough_to_tag(tmp_path: Path) -> None:
         thresholds=np.array([0.4, 0.5, 0.6, 0.5, 0.5, 0.5], np.float32),
     )
     graph = fusion_graph(bundle)
-    found = export(graph, "state_dict", tmp_path / "model.pth")
-    about = json.loads(found.sidecar.read_text(encoding="utf-8"))
+    exported = export(graph, "state_dict", tmp_path / "model.pth")
+    about = json.loads(exported.sidecar.read_text(encoding="utf-8"))
     inputs = [torch.from_numpy(array)[:1] for array in batch_inputs(bundle).values()]
     raw = graph.module(*inputs).detach().numpy().astype(np.float64)
     logits = np.log(raw / (1 - raw)) / about["calibration"]["temperature"]
@@ -193,8 +193,8 @@ def test_exportable_lstms_are_lstms() -> None:
     for both in (False, True):
         lstm = nn.Sequential(nn.LSTM(4, 6, batch_first=True, bidirectional=both)).eval()
         with torch.no_grad():
-            wanted = lstm(tokens)[0]
+            expected = lstm(tokens)[0]
             for kind in get_args(Kind):
-                torch.testing.assert_close(exportable(lstm, kind)(tokens)[0], wanted)
+                torch.testing.assert_close(exportable(lstm, kind)(tokens)[0], expected)
     with pytest.raises(ValueError, match="of one layer"):
         exportable(nn.Sequential(nn.LSTM(4, 6, num_layers=2, batch_first=True)), "torch")

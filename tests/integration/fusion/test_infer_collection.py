@@ -38,19 +38,19 @@ def test_the_collection_holds_what_the_daemon_writes(
     newer = {"status": "tagged", "version": "99990101T000000Z-00000000"}
     posts.insert_one({"_id": "posts4", "insight": newer})
     try:
-        given = ["--output", target(mongo_url, unique_name)]
-        assert rig.infer(folder, *given) == 0
+        options = ["--output", target(mongo_url, unique_name)]
+        assert rig.infer(folder, *options) == 0
         assert "posts 12  labelled 10  gap" in capsys.readouterr().out
         assert rig.infer(folder, "--output", str(folder / "t.jsonl")) == 0
-        found = {document["_id"]: document for document in posts.find()}
-        assert len(found) == 12
-        assert found[oid]["text"] == "x"
-        assert found["posts4"]["insight"] == newer
+        stored = {document["_id"]: document for document in posts.find()}
+        assert len(stored) == 12
+        assert stored[oid]["text"] == "x"
+        assert stored["posts4"]["insight"] == newer
         keys: dict[str, Any] = {str(oid): oid, "77": 77}
         for line in rig.lines(folder / "t.jsonl"):
             if line["post_id"] == "posts4":
                 continue
-            insight = found[keys.get(line["post_id"], line["post_id"])]["insight"]
+            insight = stored[keys.get(line["post_id"], line["post_id"])]["insight"]
             assert isinstance(insight.pop("tagged_at"), datetime)
             assert insight.pop("attempts") == 1
             assert insight.pop("timings_ms") == {}
@@ -58,10 +58,10 @@ def test_the_collection_holds_what_the_daemon_writes(
         assert not list((folder / "notes").glob("*.part*"))
         client.drop_database(unique_name)
         only = ["--set", "collection.insert=false"]
-        assert rig.infer(folder, *given, *only) == 2
+        assert rig.infer(folder, *options, *only) == 2
         assert re.search(r"post posts0: \S+ holds no such post", capsys.readouterr().err)
         posts.insert_one({"_id": "posts1"})
-        assert rig.infer(folder, *given, *only, "--skip_bad") == 0
+        assert rig.infer(folder, *options, *only, "--skip_bad") == 0
         assert "posts 1  labelled 1  skipped 11" in capsys.readouterr().out
         assert [d["_id"] for d in posts.find()] == ["posts1"]
     finally:
@@ -75,12 +75,12 @@ def test_a_post_that_stands_twice_in_a_batch(
     folder = rig.make(tmp_path, posts=3)
     entries: list[Any] = json.loads((folder / "posts.json").read_text())
     (folder / "posts.json").write_text(json.dumps([*entries, *entries[:2]]))
-    given = ["--output", target(mongo_url, unique_name), "--set", "collection.insert=false"]
+    options = ["--output", target(mongo_url, unique_name), "--set", "collection.insert=false"]
     client: MongoClient[dict[str, Any]] = MongoClient(mongo_url)
     posts = client[unique_name]["tags"]
     try:
         posts.insert_many([{"_id": "posts0"}, {"_id": "posts2"}])
-        assert rig.infer(folder, *given, "--skip_bad") == 0
+        assert rig.infer(folder, *options, "--skip_bad") == 0
         assert "posts 3  labelled 3  skipped 2" in capsys.readouterr().out
         assert {d["_id"]: d["insight"]["status"] for d in posts.find()} == {
             "posts0": "tagged",

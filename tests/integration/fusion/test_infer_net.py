@@ -23,13 +23,13 @@ def folder(tmp_path: Path) -> Path:
 
 def expected_scores(folder: Path, post_ids: list[str]) -> np.ndarray[Any, Any]:
     bundle = load_bundle(folder / "bundle")
-    found = []
+    scores = []
     for post_id in post_ids:
         features = FeatureFiles(folder / "features").features(post_id, None, None)
         batch = support.batch([features], of=bundle.schema)
         with torch.no_grad():
-            found.append(torch.sigmoid(bundle.model(batch))[0].numpy())
-    return np.array(found)
+            scores.append(torch.sigmoid(bundle.model(batch))[0].numpy())
+    return np.array(scores)
 
 
 def test_input_and_output_of_the_readme(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,15 +38,15 @@ def test_input_and_output_of_the_readme(folder: Path, capsys: pytest.CaptureFixt
     assert rig.infer(folder, "--output", str(output)) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    found = rig.lines(output)
-    truth = [[name in line["labels"] for name in support.LABELS.names] for line in found]
-    gap = support.plain_gap(zip((line["scores"] for line in found), truth, strict=True))
+    lines = rig.lines(output)
+    truth = [[name in line["labels"] for name in support.LABELS.names] for line in lines]
+    gap = support.plain_gap(zip((line["scores"] for line in lines), truth, strict=True))
     assert printed.out.startswith(f"posts 40  labelled 40  gap {gap:.4f}  hit_at_1")
     assert "posts/s" in printed.out
-    assert [line["post_id"] for line in found] == [f"posts{i}" for i in range(40)]
-    wanted = expected_scores(folder, [line["post_id"] for line in found])
-    np.testing.assert_allclose(np.array([line["scores"] for line in found]), wanted, atol=1e-6)
-    for line in found:
+    assert [line["post_id"] for line in lines] == [f"posts{i}" for i in range(40)]
+    expected = expected_scores(folder, [line["post_id"] for line in lines])
+    np.testing.assert_allclose(np.array([line["scores"] for line in lines]), expected, atol=1e-6)
+    for line in lines:
         by_name = {tag["name"]: tag["score"] for tag in line["tags"]}
         assert by_name == {f"tag{i}": round(s, 6) for i, s in enumerate(line["scores"]) if s >= 0.5}
         assert set(line["modalities"].values()) <= {"ok", "missing"}
@@ -57,17 +57,17 @@ def test_text_lists_and_json_lines_are_read(folder: Path) -> None:
     """IDs and feature files in a ``.txt``, a post a line in a ``.jsonl``: the same tags."""
     entries = json.loads((folder / "posts.json").read_text())[:4]
     assert rig.infer(folder, "--output", str(folder / "json.jsonl")) == 0
-    wanted = rig.lines(folder / "json.jsonl")[:4]
+    lines = rig.lines(folder / "json.jsonl")[:4]
     listed = [entries[0]["post_id"], entries[1]["features"], "", entries[2]["post_id"]]
     (folder / "some.txt").write_text("\n".join(listed))
     (folder / "some.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     for name, count in (("some.txt", 3), ("some.jsonl", 4)):
         assert rig.infer(folder, "--output", str(folder / f"{name}.out"), posts=name) == 0
-        found = rig.lines(folder / f"{name}.out")
-        assert [line["post_id"] for line in found] == [w["post_id"] for w in wanted[:count]]
-        scores = [[line["scores"] for line in side] for side in (found, wanted[:count])]
+        listed_lines = rig.lines(folder / f"{name}.out")
+        assert [line["post_id"] for line in listed_lines] == [w["post_id"] for w in lines[:count]]
+        scores = [[line["scores"] for line in side] for side in (listed_lines, lines[:count])]
         np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
-        assert ("labels" in found[0]) == (name == "some.jsonl")
+        assert ("labels" in listed_lines[0]) == (name == "some.jsonl")
 
 
 def test_csv_is_safe_in_a_spreadsheet(tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_csv_is_safe_in_a_spreadsheet(tmp_path: Path) -> None:
     assert rig.infer(folder, "--output", str(folder / "t.txt"), "--format", "csv") == 0
     assert (folder / "t.csv").read_bytes() == (folder / "t.txt").read_bytes()
     assert rig.infer(folder, "--output", str(folder / "t.jsonl")) == 0
-    found = rig.rows(folder / "t.csv")
-    assert [row["post_id"] for row in found] == ["posts0", "posts1", "posts2", f"'{odd}"]
-    for row, line in zip(found, rig.lines(folder / "t.jsonl"), strict=True):
+    rows = rig.rows(folder / "t.csv")
+    assert [row["post_id"] for row in rows] == ["posts0", "posts1", "posts2", f"'{odd}"]
+    for row, line in zip(rows, rig.lines(folder / "t.jsonl"), strict=True):
         assert [float(row[f"score {n}"]) for n in support.LABELS.names] == line["scores"]
         assert row["tags"] == "|".join(tag["name"] for tag in line["tags"])
         assert [float(s) for s in row["scores"].split("|") if s] == [
@@ -96,9 +96,9 @@ def test_standard_output_holds_tags_alone(folder: Path, capsys: pytest.CaptureFi
     """Messages for people go to standard error; without scores lines are short."""
     assert rig.infer(folder, "--set", "scores=false") == 0
     printed = capsys.readouterr()
-    found = [json.loads(line) for line in printed.out.splitlines()]
-    assert len(found) == 40
-    assert "scores" not in found[0]
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    assert len(lines) == 40
+    assert "scores" not in lines[0]
     assert "posts 40" in printed.err
 
 
@@ -133,8 +133,8 @@ def test_a_terminal_obeys_no_stored_text(
         assert "owned" in printed.out
         assert "skipped p\\u001b]0;owned" in printed.err
         if not words:
-            found = [json.loads(line)["post_id"] for line in printed.out.splitlines()]
-            assert found == ["posts0", hostile]
+            post_ids = [json.loads(line)["post_id"] for line in printed.out.splitlines()]
+            assert post_ids == ["posts0", hostile]
 
 
 @pytest.mark.usefixtures("quick_processes")
@@ -146,11 +146,9 @@ def test_several_processes_give_the_same_file(folder: Path) -> None:
 
 def test_gpus_that_are_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``--n_gpus`` beyond what the machine has is one line; 0 is the CPU."""
-    there = torch.cuda.device_count()
-    said = rig.mistake(capsys, folder, "--n_gpus", str(there + 2))
-    assert (
-        said == f"infer_net.py: n_gpus: {there + 2} GPUs requested, but this machine has {there}\n"
-    )
+    gpus = torch.cuda.device_count()
+    said = rig.mistake(capsys, folder, "--n_gpus", str(gpus + 2))
+    assert said == f"infer_net.py: n_gpus: {gpus + 2} GPUs requested, but this machine has {gpus}\n"
     assert rig.infer(folder, "--n_gpus", "0", "--output", str(folder / "t.jsonl")) == 0
 
 
@@ -171,8 +169,8 @@ def test_best_model_is_a_folder_its_weights_or_a_pth(folder: Path) -> None:
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, folder / "best.pth")
     scores: dict[str, Any] = {}
     for model in ("best", "best/model.safetensors", "best.pth", "bundle"):
-        given = ["--best_model", str(folder / model), "--output", str(folder / "t.jsonl")]
-        assert rig.infer(folder, *given) == 0
+        options = ["--best_model", str(folder / model), "--output", str(folder / "t.jsonl")]
+        assert rig.infer(folder, *options) == 0
         scores[model] = [line["scores"] for line in rig.lines(folder / "t.jsonl")]
     assert scores["best"] == scores["best/model.safetensors"] == scores["best.pth"]
     assert scores["best"] != scores["bundle"]
@@ -216,10 +214,10 @@ def test_bad_posts_are_left_out_and_listed(
     assert [line["post_id"] for line in listed] == list(BAD)
     for line in listed:
         assert BAD[line["post_id"]] in line["reason"]
-    wanted = [line for line in rig.lines(folder / "all.jsonl") if line["post_id"] not in BAD]
-    found = rig.lines(output)
-    assert [line["post_id"] for line in found] == [line["post_id"] for line in wanted]
-    sides = [[line["scores"] for line in side] for side in (found, wanted)]
+    good = [line for line in rig.lines(folder / "all.jsonl") if line["post_id"] not in BAD]
+    lines = rig.lines(output)
+    assert [line["post_id"] for line in lines] == [line["post_id"] for line in good]
+    sides = [[line["scores"] for line in side] for side in (lines, good)]
     np.testing.assert_allclose(sides[0], sides[1], atol=1e-6)
     assert rig.infer(folder, "--skip_bad") == 0
     assert "skipped posts3: " in capsys.readouterr().err
@@ -242,13 +240,13 @@ def test_a_broken_line_is_a_bad_post(folder: Path, capsys: pytest.CaptureFixture
     text = (folder / "posts.json").read_text()
     good = json.dumps(json.loads(text)[0])
     (folder / "x.jsonl").write_text(f'{good}\n{{"post_id": "q\n{{"labels": []}}\n')
-    given = ["--output", str(folder / "t.jsonl"), "--skip_bad"]
-    assert "x.jsonl: line 2: not JSON" in rig.mistake(capsys, folder, *given[:2], posts="x.jsonl")
-    assert rig.infer(folder, *given, posts="x.jsonl") == 0
+    options = ["--output", str(folder / "t.jsonl"), "--skip_bad"]
+    assert "x.jsonl: line 2: not JSON" in rig.mistake(capsys, folder, *options[:2], posts="x.jsonl")
+    assert rig.infer(folder, *options, posts="x.jsonl") == 0
     listed = rig.lines(folder / "t.jsonl.skipped.jsonl")
     assert ["line 2: not JSON" in listed[0]["reason"], "line 3: must have" in listed[1]["reason"]]
     (folder / "posts.json").write_text(text[:-20])
-    assert "not a JSON data file" in rig.mistake(capsys, folder, *given)
+    assert "not a JSON data file" in rig.mistake(capsys, folder, *options)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +271,7 @@ def test_a_mistake_in_the_config_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("options", "says"),
     [
         (["--format", "mongodb"], "format: mongodb takes --output mongodb://"),
         (["--format", "xml"], "options: format"),
@@ -284,6 +282,6 @@ def test_a_mistake_in_the_config_is_one_line(
     ],
 )
 def test_a_mistake_in_the_options_is_one_line(
-    given: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert says in rig.mistake(capsys, folder, *given)
+    assert says in rig.mistake(capsys, folder, *options)

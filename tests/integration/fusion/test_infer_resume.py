@@ -49,14 +49,14 @@ def edit(folder: Path, change: Callable[[list[Any]], object]) -> None:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, posts: int) -> None:
     """Let reading fail as Ctrl-C does after some posts."""
-    left = [posts]
+    remaining = [posts]
     read = FeatureFiles.features
 
-    def features(self: FeatureFiles, *given: Any) -> Features:
-        left[0] -= 1
-        if left[0] < 0:
+    def features(self: FeatureFiles, *arguments: Any) -> Features:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise KeyboardInterrupt
-        return read(self, *given)
+        return read(self, *arguments)
 
     monkeypatch.setattr(FeatureFiles, "features", features)
 
@@ -78,7 +78,7 @@ def test_a_killed_run_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     edit(folder, change)
     assert rig.infer(folder, "--skip_bad", "--output", str(folder / "whole.jsonl")) == 0
-    wanted = numbers(capsys.readouterr().out)
+    uninterrupted = numbers(capsys.readouterr().out)
     output, part = folder / "t.jsonl", folder / "t.jsonl.part"
     process = forked.start(rig.infer_slowly, folder, "--skip_bad", "--output", str(output))
     while not (part.exists() and part.read_bytes().count(b"\n") >= 60):
@@ -88,10 +88,10 @@ def test_a_killed_run_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
     process.join()
     assert not output.exists()
     assert rig.infer(folder, "--skip_bad", "--output", str(output), "--resume") == 0
-    found = numbers(capsys.readouterr().out)
-    assert re.sub(r"  \(went on.*", "", found) == wanted
-    assert "skipped 1 " in found
-    assert re.search(r"went on after ([6-9]\d|1\d\d)", found)
+    resumed = numbers(capsys.readouterr().out)
+    assert re.sub(r"  \(went on.*", "", resumed) == uninterrupted
+    assert "skipped 1 " in resumed
+    assert re.search(r"went on after ([6-9]\d|1\d\d)", resumed)
     assert_same_scores(output, folder / "whole.jsonl")
     listed = [folder / f"{name}.jsonl.skipped.jsonl" for name in ("t", "whole")]
     assert listed[0].read_bytes() == listed[1].read_bytes()
@@ -105,17 +105,17 @@ def test_an_interrupted_run_goes_on(
     """The same metrics and rows; of a half-written last row nothing stays."""
     whole = folder / f"whole-{name}"
     assert rig.infer(folder, "--output", str(whole)) == 0
-    wanted = numbers(capsys.readouterr().out)
+    uninterrupted = numbers(capsys.readouterr().out)
     infer_part(folder, folder / name)
     assert "interrupted; the same command continues" in capsys.readouterr().err
     with (folder / f"{name}.part").open("ab") as file:
         file.write(half)
     assert rig.infer(folder, "--output", str(folder / name)) == 0
     said = numbers(capsys.readouterr().out)
-    assert said.replace("  (went on after 14)", "") == wanted
+    assert said.replace("  (went on after 14)", "") == uninterrupted
     assert "(went on after 14)" in said
-    kept = (folder / name).read_bytes().split(b"\n")
-    assert [row.split(b",")[0] for row in kept] == [
+    rows = (folder / name).read_bytes().split(b"\n")
+    assert [row.split(b",")[0] for row in rows] == [
         row.split(b",")[0] for row in whole.read_bytes().split(b"\n")
     ]
     assert not list(folder.glob("*.part*"))
@@ -167,22 +167,22 @@ def test_posts_of_a_whole_output_are_not_computed_again(
 ) -> None:
     """The same metrics, exit 0, and the file untouched; ``--restart`` computes it."""
     output = folder / "t.jsonl"
-    given = ["--output", str(output)]
-    assert rig.infer(folder, *given) == 0
+    options = ["--output", str(output)]
+    assert rig.infer(folder, *options) == 0
     first, before = capsys.readouterr().out, output.stat()
     with monkeypatch.context() as patch:
         stop_after(patch, 0)
         for more in ([], ["--skip_bad"], ["--resume"]):
-            assert rig.infer(folder, *given, *more) == 0
+            assert rig.infer(folder, *options, *more) == 0
             again = capsys.readouterr().out.splitlines()
             assert again[0] == f"{numbers(first)}  (went on after 40)"
             assert again[1:] == [f"complete already: {output}; --restart computes it again"]
             after = output.stat()
             assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-        assert rig.infer(folder, *given, "--restart") == 1
+        assert rig.infer(folder, *options, "--restart") == 1
     capsys.readouterr()
     infer_part(folder, output, "--restart")
-    assert rig.infer(folder, *given) == 0
+    assert rig.infer(folder, *options) == 0
     assert "(went on after 14)" in capsys.readouterr().out
     assert output.stat().st_mtime_ns > before.st_mtime_ns
 
@@ -208,9 +208,9 @@ def test_posts_that_came_later_are_added(folder: Path, capsys: pytest.CaptureFix
     whole = (folder / "posts.json").read_text()
     edit(folder, lambda entries: entries.__delitem__(slice(30, None)))
     output = folder / "t.jsonl"
-    given = ["--output", str(output), "--skip_bad"]
+    options = ["--output", str(output), "--skip_bad"]
     for resumed in ("", "  (went on after 29)"):
-        assert rig.infer(folder, *given) == 0
+        assert rig.infer(folder, *options) == 0
         said = capsys.readouterr().out
         assert "posts 29  labelled 29  skipped 1" in said
         assert numbers(said).endswith(resumed)
@@ -218,7 +218,7 @@ def test_posts_that_came_later_are_added(folder: Path, capsys: pytest.CaptureFix
         assert "complete already" not in said
     (folder / "late").rename(late)
     (folder / "posts.json").write_text(whole)
-    assert rig.infer(folder, *given) == 0
+    assert rig.infer(folder, *options) == 0
     said = capsys.readouterr().out
     assert "posts 40  labelled 40  gap" in said
     assert "(went on after 29)" in said
@@ -238,8 +238,8 @@ def test_entries_without_id_or_repeated(folder: Path, capsys: pytest.CaptureFixt
         stop_after(patch, 25)
         assert rig.infer(folder, "--output", str(output), posts="ids.txt") == 1
     assert rig.infer(folder, "--output", str(output), posts="ids.txt") == 0
-    found = sorted(line["post_id"] for line in rig.lines(output))
-    assert found == sorted([*(e["post_id"] for e in entries), *(f"posts{i}" for i in range(3))])
+    post_ids = sorted(line["post_id"] for line in rig.lines(output))
+    assert post_ids == sorted([*(e["post_id"] for e in entries), *(f"posts{i}" for i in range(3))])
 
 
 def test_metrics_need_earlier_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,10 +46,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
+    content: dict[str, Any] = json.loads(
         (folder / "run" / "latest" / "report" / "report.json").read_text()
     )
-    return found
+    return content
 
 
 def test_three_ways_to_gap_agree(trained: Trained, tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_three_ways_to_gap_agree(trained: Trained, tmp_path: Path) -> None:
 def test_the_numbers_are_those_of_the_written_scores(trained: Trained) -> None:
     """Every tag's row and the calibration errors, recomputed by scikit-learn and by hand."""
     folder, report = trained
-    predictions, found = runs.predictions(folder), numbers(folder)
+    predictions, report_numbers = runs.predictions(folder), numbers(folder)
     predicted = predictions.scores >= predictions.thresholds
     precision, recall, f1, support_ = precision_recall_fscore_support(
         predictions.targets, predicted, zero_division=0
     )
-    for i, row in enumerate(found["tags"]):
+    for i, row in enumerate(report_numbers["tags"]):
         assert (row["id"], row["name"]) == (i, support.LABELS.names[i])
         assert (row["support"], row["given"]) == (support_[i], predicted[:, i].sum())
         assert row["ap"] == pytest.approx(
@@ -90,10 +90,10 @@ def test_the_numbers_are_those_of_the_written_scores(trained: Trained) -> None:
         )
         assert (row["precision"] or 0) == pytest.approx(precision[i])
         assert (row["recall"], row["f1"]) == (pytest.approx(recall[i]), pytest.approx(f1[i]))
-    assert found["metrics"]["f1_macro"] == pytest.approx(f1.mean())
-    assert found["metrics"] == dict(report.metrics)
+    assert report_numbers["metrics"]["f1_macro"] == pytest.approx(f1.mean())
+    assert report_numbers["metrics"] == dict(report.metrics)
     for kind, scores in (("before", predictions.raw), ("after", predictions.scores)):
-        assert found["calibration"][kind]["error"] == pytest.approx(
+        assert report_numbers["calibration"][kind]["error"] == pytest.approx(
             plain_ece(scores.ravel().tolist(), predictions.targets.ravel().tolist())
         )
     loaded = bundle.load_bundle(report.bundle)
@@ -114,11 +114,11 @@ def plain_ece(scores: list[float], truth: list[bool], bins: int = 15) -> float:
 def test_subsets_have_the_gap_of_posts_with_only_them(trained: Trained) -> None:
     """31 subsets, each equal to inference on features from which the others were taken away."""
     folder, report = trained
-    found = {tuple(s["modalities"]): s for s in numbers(folder)["subsets"]}
-    assert len(found) == 31
-    gaps = [s["gap"] for s in found.values()]
+    subsets = {tuple(s["modalities"]): s for s in numbers(folder)["subsets"]}
+    assert len(subsets) == 31
+    gaps = [s["gap"] for s in subsets.values()]
     assert gaps == sorted(gaps, reverse=True)
-    assert found[support.MODALITIES]["gap"] == pytest.approx(report.metrics["gap"], abs=1e-12)
+    assert subsets[support.MODALITIES]["gap"] == pytest.approx(report.metrics["gap"], abs=1e-12)
     entries = json.loads((folder / "valid.json").read_text())
     targets = [[int(n in e["labels"]) for n in support.LABELS.names] for e in entries]
     inferer = Inferer.load(report.bundle)
@@ -131,12 +131,12 @@ def test_subsets_have_the_gap_of_posts_with_only_them(trained: Trained) -> None:
         scores = inferer.scores(features).astype(np.float64).tolist()
         have = [bool(post.arrays) for post in features]
         rows = list(zip(scores, targets, strict=True))
-        some = [row for row, there in zip(rows, have, strict=True) if there]
-        assert found[shown]["posts"] == sum(have)
-        assert found[shown]["gap_of_posts"] == pytest.approx(support.plain_gap(some), abs=1e-6)
+        some = [row for row, is_present in zip(rows, have, strict=True) if is_present]
+        assert subsets[shown]["posts"] == sum(have)
+        assert subsets[shown]["gap_of_posts"] == pytest.approx(support.plain_gap(some), abs=1e-6)
     about = bundle.load_bundle(report.bundle)
-    assert about.subsets == pytest.approx({"+".join(k): s["gap"] for k, s in found.items()})
-    assert found[("image",)]["posts"] < 70
+    assert about.subsets == pytest.approx({"+".join(k): s["gap"] for k, s in subsets.items()})
+    assert subsets[("image",)]["posts"] < 70
 
 
 def test_the_page_needs_nothing_else(trained: Trained) -> None:
@@ -162,21 +162,21 @@ def test_the_page_needs_nothing_else(trained: Trained) -> None:
 def test_baseline_and_test_stand_beside_the_figures(trained: Trained, tmp_path: Path) -> None:
     """Scores are the tags' frequencies; ``data.test`` is scored as `infer_net.py` does."""
     folder, report = trained
-    found = numbers(folder)
+    report_numbers = numbers(folder)
     predictions = runs.predictions(folder)
     train_posts = json.loads((folder / "train.json").read_text())
     shares = [
         sum(name in post["labels"] for post in train_posts) / 90 for name in support.LABELS.names
     ]
-    gap = given = hits = 0.0
+    gap = predicted = hits = 0.0
     # Equal scores, of a tag in every post or of tags that are as frequent, are one threshold.
     for share in sorted(set(shares), reverse=True):
         columns = predictions.targets[:, [each == share for each in shares]]
-        given, hits = given + columns.size, hits + columns.sum()
-        gap += columns.sum() / predictions.targets.sum() * hits / given
-    assert found["baseline"]["gap"] == pytest.approx(gap, abs=1e-9)
+        predicted, hits = predicted + columns.size, hits + columns.sum()
+        gap += columns.sum() / predictions.targets.sum() * hits / predicted
+    assert report_numbers["baseline"]["gap"] == pytest.approx(gap, abs=1e-9)
     assert report.test is not None
-    assert found["test"]["posts"] == report.test.posts == 20
+    assert report_numbers["test"]["posts"] == report.test.posts == 20
     output = tmp_path / "tags.jsonl"
     words = ["--best_model", str(report.bundle), "--input", str(folder / "test.json")]
     sets = ["--n_gpus", "0", "--set", "progress=false", "--set", "threads=1"]
@@ -196,20 +196,20 @@ def test_the_run_before_is_compared_with(tmp_path: Path) -> None:
     """The newest one that has figures, not a later one; with what was set otherwise."""
     some = runs.some_predictions(40, 6)
     for name, epochs in (("20260101-1", 3), ("20260102-1", 5), ("20260104-1", 9)):
-        given = ReportInput(name, "", {"epochs": epochs, "best epoch": 1}, some)
-        write_report(tmp_path / name / "report", given, ReportSettings())
+        content = ReportInput(name, "", {"epochs": epochs, "best epoch": 1}, some)
+        write_report(tmp_path / name / "report", content, ReportSettings())
     (tmp_path / "20260102-2" / "report").mkdir(parents=True)
     (tmp_path / "20260102-2" / "report" / "report.json").write_text("[]")
     run = tmp_path / "20260103-1"
     worse = replace(some, scores=some.scores[::-1])
-    given = ReportInput("now", "", {"epochs": 7, "best epoch": 1}, worse, run=run)
-    page = write_report(run / "report", given, ReportSettings()).read_text()
+    content = ReportInput("now", "", {"epochs": 7, "best epoch": 1}, worse, run=run)
+    page = write_report(run / "report", content, ReportSettings()).read_text()
     assert "to the earlier run" in page
     assert re.search(r"<td>epochs</td><td>5</td><td>7</td>", page)
     assert "measured on other posts" not in page
     others = replace(worse, post_ids=tuple(f"other {i}" for i in range(40)))
-    given = replace(given, predictions=others)
-    page = write_report(run / "report", given, ReportSettings()).read_text()
+    content = replace(content, predictions=others)
+    page = write_report(run / "report", content, ReportSettings()).read_text()
     assert "measured on other posts" in page
 
 
@@ -282,12 +282,12 @@ def test_a_report_without_validation_shows_the_run(tmp_path: Path, *, tested: bo
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    given = ReportInput("a", "b", {}, None)
-    write_report(tmp_path / "report", given, ReportSettings())
+    content = ReportInput("a", "b", {}, None)
+    write_report(tmp_path / "report", content, ReportSettings())
     before = (tmp_path / "report" / "report.html").read_text()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="the report cannot be written"):
-        write_report(tmp_path / "file" / "report", given, ReportSettings())
+        write_report(tmp_path / "file" / "report", content, ReportSettings())
     assert (tmp_path / "report" / "report.html").read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "report"]
 

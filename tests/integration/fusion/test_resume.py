@@ -190,8 +190,8 @@ def test_what_does_not_fit_is_one_line(few_posts: Path, capsys: pytest.CaptureFi
     }
     for path, says in bad.items():
         capsys.readouterr()
-        given = ["--model_config", str(other), "--resume", str(few_posts / path)]
-        assert train_net.main(given) == 2
+        options = ["--model_config", str(other), "--resume", str(few_posts / path)]
+        assert train_net.main(options) == 2
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1
         assert says in said[0]

@@ -49,9 +49,9 @@ def test_second_runs_leave_the_first(few_posts: Path, capsys: pytest.CaptureFixt
     second = (save / "latest").resolve()
     assert second != first
     assert tree(first) == files
-    kept = few_posts / f"bundle.{version}"
-    assert f"{bundle}: the bundle that was there is kept in {kept}\n" in capsys.readouterr().err
-    assert load_bundle(kept).version == version
+    copy = few_posts / f"bundle.{version}"
+    assert f"{bundle}: the bundle that was there is kept in {copy}\n" in capsys.readouterr().err
+    assert load_bundle(copy).version == version
     assert newest_version(bundle) != version
 
     # A run goes on in its own folder, whichever is the newest.
@@ -207,11 +207,11 @@ def test_a_bundle_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "links").mkdir()
     served = tmp_path / "links" / "served"
     served.symlink_to(real)
-    kept = tmp_path / "real.20260101T000000Z-1a2b3c4d"
-    (tmp_path / f".{kept.name}.part").mkdir()  # of a run that was killed while it kept one
-    assert keep_bundle(served) == kept
-    assert tree(kept) == tree(real)
+    copy = tmp_path / "real.20260101T000000Z-1a2b3c4d"
+    (tmp_path / f".{copy.name}.part").mkdir()  # of a run that was killed while it kept one
+    assert keep_bundle(served) == copy
+    assert tree(copy) == tree(real)
     monkeypatch.chdir(real)
-    assert keep_bundle(Path()) == kept
+    assert keep_bundle(Path()) == copy
     names = {path.name for path in tmp_path.rglob("*")} - {"bundle.yaml"}
-    assert names == {"links", "real", kept.name, "served"}
+    assert names == {"links", "real", copy.name, "served"}

@@ -81,11 +81,11 @@ def test_every_model_learns_and_is_served_as_it_was_measured(name: str, posts: P
     entries = json.loads((posts / "valid.json").read_text())
     files = FeatureFiles()
     features = [files.features(e["post_id"], posts / e["features"], None) for e in entries]
-    found = Inferer.load(report.bundle).predict(features)
+    predictions = Inferer.load(report.bundle).predict(features)
     truth = [[n in e["labels"] for n in support.LABELS.names] for e in entries]
-    gap = metrics.global_average_precision([tags.scores for tags in found], truth)
+    gap = metrics.global_average_precision([tags.scores for tags in predictions], truth)
     assert gap == pytest.approx(report.metrics["gap"], abs=1e-9)
-    right = [truth[i][int(tag.id)] for i, tags in enumerate(found) for tag in tags.tags]
+    right = [truth[i][int(tag.id)] for i, tags in enumerate(predictions) for tag in tags.tags]
     assert np.mean(right) >= 0.8
 
 
@@ -157,11 +157,11 @@ def test_a_training_with_auto_writes_the_model_that_it_took(few_posts: Path) -> 
 def test_training_and_inference_agree(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All options of training; then GAP of validation, inference and the written scores agree."""
     folder = few_posts
-    given = ["--model_config", str(runs.config_file(folder)), "--batch_size", "12"]
-    given += ["--learning_rate", "4e-3", "--n_gpu", "0", "--epoch", "4"]
-    given += ["--save_dir", str(folder / "run"), "--valid_interval", "2", "--log_interval", "2"]
-    given += ["--fix_random_seed", "True", "--set", "trainer.progress=true"]
-    assert train_net.main(given) == 0
+    options = ["--model_config", str(runs.config_file(folder)), "--batch_size", "12"]
+    options += ["--learning_rate", "4e-3", "--n_gpu", "0", "--epoch", "4"]
+    options += ["--save_dir", str(folder / "run"), "--valid_interval", "2", "--log_interval", "2"]
+    options += ["--fix_random_seed", "True", "--set", "trainer.progress=true"]
+    assert train_net.main(options) == 0
     said, told = capsys.readouterr()
     [log] = re.findall(r"(?m)^log: (.*)", told)  # before the first epoch, whoever looks on
     assert Path(log).is_file()
@@ -187,10 +187,10 @@ def test_training_and_inference_agree(few_posts: Path, capsys: pytest.CaptureFix
     listed = [lines[0]["post_id"], json.loads((folder / "valid.json").read_text())[1]["features"]]
     (folder / "list.txt").write_text("\n".join(listed) + "\n\n")
     assert infer_net.main([*arguments, "--input", str(folder / "list.txt")]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [f["post_id"] for f in found] == [line["post_id"] for line in lines[:2]]
-    np.testing.assert_allclose(found[0]["scores"], scores[0], atol=1e-5)
-    assert "labels" not in found[0]
+    listed_lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [f["post_id"] for f in listed_lines] == [line["post_id"] for line in lines[:2]]
+    np.testing.assert_allclose(listed_lines[0]["scores"], scores[0], atol=1e-5)
+    assert "labels" not in listed_lines[0]
 
 
 # Switches

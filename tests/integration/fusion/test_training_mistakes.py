@@ -76,9 +76,9 @@ def test_posts_without_the_modalities_asked_for(tmp_path: Path) -> None:
     for name in ("train", "valid"):
         entries = []
         for i in range(4):
-            found = support.features(f"{name}{i}", lengths={"audio": 0, "ocr": 0})
-            path = write_features(tmp_path / "features", found, support.FINGERPRINTS)
-            entries.append({"post_id": found.post_id, "labels": ["tag1"], "features": str(path)})
+            post = support.features(f"{name}{i}", lengths={"audio": 0, "ocr": 0})
+            path = write_features(tmp_path / "features", post, support.FINGERPRINTS)
+            entries.append({"post_id": post.post_id, "labels": ["tag1"], "features": str(path)})
         (tmp_path / f"{name}.json").write_text(json.dumps(entries))
     with pytest.raises(ConfigError, match="no post has features of audio, ocr"):
         runs.run(tmp_path, data={"modalities": ["audio", "ocr"]})

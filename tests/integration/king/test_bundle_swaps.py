@@ -134,12 +134,12 @@ class Daemon:
 
     def says(self, result: dict[str, Any], text: str) -> list[str]:
         """Return the bundles that give these scores to a text."""
-        found = {tag["name"]: tag["score"] for tag in result["tags"]}
+        tags = {tag["name"]: tag["score"] for tag in result["tags"]}
         return [
             name
             for name, scores in self.scores.items()
-            if found.keys() == scores[text].keys()
-            and all(math.isclose(found[tag], scores[text][tag], abs_tol=1e-4) for tag in found)
+            if tags.keys() == scores[text].keys()
+            and all(math.isclose(tags[tag], scores[text][tag], abs_tol=1e-4) for tag in tags)
         ]
 
 

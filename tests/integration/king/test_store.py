@@ -167,8 +167,8 @@ def test_partial_tags_are_tried_again_after_a_pause_a_few_times(rig: StoreRig) -
             assert list(rig.store.partial_ids(context(now + later))) == []
         now += 3600 * 2**ended + 1
         ended += 1
-        left = attempt < 6
-        assert list(rig.store.partial_ids(context(now))) == (["p1"] if left else [])
+        is_due = attempt < 6
+        assert list(rig.store.partial_ids(context(now))) == (["p1"] if is_due else [])
         newer = context(now, bundle=("demo", "20270101T000000Z-bb"))
         assert list(rig.store.partial_ids(newer)) == []
     assert begin_one(rig.store, "p1", context(now + 1e6)) == jobs.Settled("p1", "tagged")
@@ -191,11 +191,11 @@ def test_older_bundle_never_overwrites_a_newer_one(rig: StoreRig) -> None:
         assert rig.result(post_id)["version"] == new
         assert rig.job(post_id) is None
     permanent = Failure("decode", "MediaError", "broken")
-    for post_id, version, kept in (("p3", BUNDLE[1], "tagged"), ("p4", old, "failed")):
+    for post_id, version, status in (("p3", BUNDLE[1], "tagged"), ("p4", old, "failed")):
         done = tagged(started(rig.store, post_id, force=True), version)
         rig.store.finish([done], context())
         rig.store.finish([jobs.Dead(started(rig.store, post_id, force=True), permanent)], context())
-        assert rig.result(post_id)["status"] == kept
+        assert rig.result(post_id)["status"] == status
 
 
 def test_retry_waits_then_one_king_publishes_it(rig: StoreRig) -> None:
@@ -360,10 +360,10 @@ def test_claims_after_reading_are_seen(mongo: Store, monkeypatch: pytest.MonkeyP
     rival = Store(StoreClient(mongo.client.settings))
 
     def read_then_lose(post_ids: list[str]) -> dict[str, jobs.Job]:
-        found = read(post_ids)
+        before = read(post_ids)
         monkeypatch.setattr(mongo, "read_jobs", read)
         rival.begin([claim("new"), claim("old")], context(owner="rival"))
-        return found
+        return before
 
     monkeypatch.setattr(mongo, "read_jobs", read_then_lose)
     verdicts = mongo.begin([claim("new"), claim("old"), claim("free")], context())

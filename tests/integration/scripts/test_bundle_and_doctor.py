@@ -64,15 +64,15 @@ def test_bundle_that_is_rolled_back_overwrites_the_tags_of_the_newer_one(
     assert f"{first} again, as version {third}" in out
     assert third > second
     assert load_bundle(served).version == third
-    kept = tmp_path / f"served.{second}"
-    assert load_bundle(kept).version == second
+    copy = tmp_path / f"served.{second}"
+    assert load_bundle(copy).version == second
     rolled = context(bundle=("demo", third))
     done = tagged(started(store, "p1", rolled), third)
     assert isinstance(store.finish([done], rolled)[0], Tagged)
     assert begin_one(store, "p1", rolled) == Settled("p1", "tagged")
     store.close()
 
-    assert run(["bundle", "rollback", str(kept), "--set", f"fusion.bundle={served}"]) == 0
+    assert run(["bundle", "rollback", str(copy), "--set", f"fusion.bundle={served}"]) == 0
     assert str(newest_version(served)) > third
     # Put back by hand: the folder is stamped where it is.
     assert run(["bundle", "rollback", str(served), "--set", f"fusion.bundle={served}"]) == 0
@@ -157,9 +157,9 @@ def checks(
 def test_where_nothing_is_wrong_it_ends_with_0_and_starts_nothing(
     capsys: pytest.CaptureFixture[str], site: Path
 ) -> None:
-    found = checks(capsys, site, code=0)
-    assert {check["state"] for check in found.values()} == {"ok"}
-    assert "fits the encoders" in found["bundle"]["said"]
+    by_name = checks(capsys, site, code=0)
+    assert {check["state"] for check in by_name.values()} == {"ok"}
+    assert "fits the encoders" in by_name["bundle"]["said"]
     assert not (site / "embedded").exists()
 
 
@@ -226,8 +226,8 @@ def test_a_fault_has_its_remedy(
     said: str,
     remedy: str,
 ) -> None:
-    given = [each.replace("SITE", str(site)) for each in sets]
-    check = checks(capsys, site, *given, code=1 if state == "failed" else 0)[name]
+    changes = [each.replace("SITE", str(site)) for each in sets]
+    check = checks(capsys, site, *changes, code=1 if state == "failed" else 0)[name]
     assert check["state"] == state
     assert said in check["said"]
     assert remedy in check["remedy"]
@@ -241,11 +241,11 @@ def test_ports_and_dead_kings_are_warnings(capsys: pytest.CaptureFixture[str], s
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        found = checks(capsys, site, f"http.port={taken.getsockname()[1]}", code=0)
-    assert found["http.port"]["state"] == "warning"
-    assert "set http.port to another" in found["http.port"]["remedy"]
-    assert found["king"]["state"] == "warning"
-    assert "insighttag work starts it again" in found["king"]["remedy"]
+        by_name = checks(capsys, site, f"http.port={taken.getsockname()[1]}", code=0)
+    assert by_name["http.port"]["state"] == "warning"
+    assert "set http.port to another" in by_name["http.port"]["remedy"]
+    assert by_name["king"]["state"] == "warning"
+    assert "insighttag work starts it again" in by_name["king"]["remedy"]
     write_health(health, {**content, "process": process_identity(os.getpid())})
     assert checks(capsys, site, code=0)["king"]["said"].startswith("serving, pid ")
     health.unlink()

@@ -20,10 +20,10 @@ def test_a_line_is_read_as_the_queue_reads_a_body(tmp_path: Path) -> None:
     lines = ['{"post_id": "a b", "priority": 3, "text": "x"}', '"q"', "42", "post/1#x", "帖子"]
     lines += ['{"post_id": 7, "force": true}', "", "  p\t"]
     file.write_text("\r\n".join(lines), encoding="utf-8-sig")
-    found = read_messages(file)
-    assert found == [parse_message(line) for line in lines if line.strip()]
-    assert found[0] == PostMessage("a b", priority=3)
-    assert found[5] == PostMessage("7", force=True)
+    messages = read_messages(file)
+    assert messages == [parse_message(line) for line in lines if line.strip()]
+    assert messages[0] == PostMessage("a b", priority=3)
+    assert messages[5] == PostMessage("7", force=True)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_what_a_line_says_goes_before_the_options(
     file = tmp_path / "ids.jsonl"
     lines = ("a", '{"post_id": "a", "priority": 7}', "b", '{"post_id": "a", "force": true}')
     file.write_text("\n".join(lines))
-    given = ("publish", "c", "--file", str(file), "--priority", "2")
-    assert command(*given)[:2] == (0, "published 3 to insighttag.posts\n")
+    words = ("publish", "c", "--file", str(file), "--priority", "2")
+    assert command(*words)[:2] == (0, "published 3 to insighttag.posts\n")
     assert by_id(command) == [
         PostMessage("a", priority=7, force=True),
         PostMessage("b", priority=2),

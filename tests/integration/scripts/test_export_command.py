@@ -51,8 +51,8 @@ def test_backbones_are_written(
     name: str, form: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / f"model.{form}"
-    given = ["--backbone", name, "--format", form, "--out", str(out), "--config", str(config)]
-    assert run(["export", *given]) == 0
+    words = ["--backbone", name, "--format", form, "--out", str(out), "--config", str(config)]
+    assert run(["export", *words]) == 0
     printed = capsys.readouterr().out
     about = json.loads(out.with_name(f"{out.name}.json").read_text())
     assert f"largest difference {about['largest_difference']:.2e}" in printed
@@ -76,22 +76,22 @@ def test_exported_backbones_give_the_extractors_features(config: Path, tmp_path:
 
     features = load_settings(config).features
     for name in ("image", "text"):
-        given = ["--backbone", name, "--out", str(tmp_path / name), "--config", str(config)]
-        assert run(["export", *given]) == 0
+        words = ["--backbone", name, "--out", str(tmp_path / name), "--config", str(config)]
+        assert run(["export", *words]) == 0
     pictures = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
     image = VisualExtractor("image", features.image)
     image.load()
-    (wanted,) = image.forward([image.preprocess(pictures)])
+    (expected,) = image.forward([image.preprocess(pictures)])
     pixels = pictures.transpose(0, 3, 1, 2).astype(np.float32)
-    (found,) = session(tmp_path / "image").run(None, {"pixels": pixels})
-    np.testing.assert_allclose(found, wanted.astype(np.float32), atol=5e-3)
+    (rows,) = session(tmp_path / "image").run(None, {"pixels": pixels})
+    np.testing.assert_allclose(rows, expected.astype(np.float32), atol=5e-3)
     text = TextExtractor(features.text)
     text.load()
     ids = text.preprocess("a cat 猫 12")
-    (wanted,) = text.forward([ids])
+    (expected,) = text.forward([ids])
     inputs = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
-    (found,) = session(tmp_path / "text").run(None, inputs)
-    np.testing.assert_allclose(found[0], wanted.astype(np.float32), atol=5e-3)
+    (rows,) = session(tmp_path / "text").run(None, inputs)
+    np.testing.assert_allclose(rows[0], expected.astype(np.float32), atol=5e-3)
 
 
 def test_an_export_says_that_pictures_are_seen_twice(config: Path, tmp_path: Path) -> None:
@@ -99,9 +99,9 @@ def test_an_export_says_that_pictures_are_seen_twice(config: Path, tmp_path: Pat
     from config.load import load_settings
 
     out = tmp_path / "x"
-    given = ["--backbone", "image", "--format", "state_dict", "--out", str(out)]
+    words = ["--backbone", "image", "--format", "state_dict", "--out", str(out)]
     padded = ["--config", str(config), "--set", "features.image.padded=true"]
-    assert run(["export", *given, *padded]) == 0
+    assert run(["export", *words, *padded]) == 0
     assert "mean of both" in json.loads(out.with_name("x.json").read_text())["input"]
     plain = load_settings(config).features.image
     views = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
@@ -117,8 +117,8 @@ def test_an_export_says_that_pictures_are_seen_twice(config: Path, tmp_path: Pat
 
 def test_vggish_is_exported(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "vggish.pt2"
-    given = ["--backbone", "audio", "--format", "torch", "--out", str(out), "--config", str(config)]
-    assert run(["export", *given, "--set", "features.audio.arch=vggish"]) == 0
+    words = ["--backbone", "audio", "--format", "torch", "--out", str(out), "--config", str(config)]
+    assert run(["export", *words, "--set", "features.audio.arch=vggish"]) == 0
     assert torch.export.load(out).module()(torch.zeros(3, 96, 64)).shape == (3, 128)
 
 
@@ -126,8 +126,8 @@ def test_a_bundle_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Every input that was compared is named; another bundle's extractor is refused."""
     rig.write_bundle(tmp_path / "bundle", "concat_mlp")
     out = tmp_path / "model.pth"
-    given = ["--bundle", str(tmp_path / "bundle"), "--format", "state_dict", "--out", str(out)]
-    assert run(["export", *given]) == 0
+    words = ["--bundle", str(tmp_path / "bundle"), "--format", "state_dict", "--out", str(out)]
+    assert run(["export", *words]) == 0
     printed = capsys.readouterr().out
     for case in ("one post, one token each", "no video", "nothing at all", "torch.save"):
         assert case in printed
@@ -157,8 +157,8 @@ def test_a_difference_exits_1(
     rig.write_bundle(tmp_path / "bundle", "concat_mlp")
     monkeypatch.setattr(fusion.bundle.export, "TOLERANCE", -1.0)
     out = tmp_path / "out.pth"
-    given = ["--bundle", str(tmp_path / "bundle"), "--format", "state_dict", "--out", str(out)]
-    assert run(["export", *given]) == 1
+    words = ["--bundle", str(tmp_path / "bundle"), "--format", "state_dict", "--out", str(out)]
+    assert run(["export", *words]) == 1
     assert "is not written: it differs from the model" in capsys.readouterr().err
     assert not out.exists()
 
@@ -175,15 +175,15 @@ def test_a_whole_backbone_is_loaded_only_when_allowed(tmp_path: Path) -> None:
     model.load_state_dict(torch.load(state))
     torch.save(model, tmp_path / "whole.pth")
     rows = np.full((1, 64, 64, 3), 90, np.uint8)
-    found = []
+    features = []
     for file, allowed in ((state, False), (tmp_path / "whole.pth", True)):
         settings = ImageSettings(
             arch=TINY_CNN, weights=str(file), image_size=64, precision="fp32", allow_pickle=allowed
         )
         extractor = VisualExtractor("image", settings)
         extractor.load()
-        found.append(extractor.forward([rows])[0])
-    np.testing.assert_array_equal(found[0], found[1])
+        features.append(extractor.forward([rows])[0])
+    np.testing.assert_array_equal(features[0], features[1])
     refused = settings.model_copy(update={"allow_pickle": False})
     with pytest.raises(ConfigError, match=r"set features\.image\.allow_pickle: true"):
         VisualExtractor("image", refused).load()

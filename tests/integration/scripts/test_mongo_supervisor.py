@@ -153,7 +153,7 @@ def test_servers_that_are_down_are_critical(
         mongo_server.start()
     assert time.monotonic() - began < 12
     checks = json.loads(capsys.readouterr().out)["checks"]
-    assert {name: found["state"] for name, found in checks.items()} == {
+    assert {name: each["state"] for name, each in checks.items()} == {
         "database": "critical",
         "queue_depth": "critical",
     }

@@ -45,9 +45,9 @@ def test_a_change_is_a_new_version(bundle: Path, capsys: pytest.CaptureFixture[s
     assert str(after)[-8:] == str(before)[-8:]
     assert [(bundle / name).stat().st_ino for name in others] == stats
     assert load_bundle(bundle).metrics == {"gap": 0.9}
-    kept = bundle.with_name(f"bundle.{before}")
-    assert values(kept) == [0.5] * 6
-    assert f"kept in {kept}" in capsys.readouterr().out
+    copy = bundle.with_name(f"bundle.{before}")
+    assert values(copy) == [0.5] * 6
+    assert f"kept in {copy}" in capsys.readouterr().out
     assert run([*command, "--set", "tag1=0.4"]) == 0
     assert "has these thresholds already" in capsys.readouterr().out
     assert newest_version(bundle) == after
@@ -118,8 +118,8 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "yes.json").write_text('{"tag1": true}')
     about = (bundle / "bundle.yaml").read_bytes()
-    given = [word.format(tmp_path) for word in words]
-    assert run(["bundle", "thresholds", str(bundle), *given]) == 2
+    arguments = [word.format(tmp_path) for word in words]
+    assert run(["bundle", "thresholds", str(bundle), *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert line.format(tmp_path) in err

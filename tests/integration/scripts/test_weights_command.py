@@ -55,14 +55,14 @@ def vectors() -> list[np.ndarray]:
     """The vectors of a picture and a text by the encoders of `small`."""
     features = FeatureSettings(preset="small")
     picture: Any = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
-    found: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
     for extractor, item in (
         (VisualExtractor("image", features.image), picture),
         (TextExtractor(features.text), "a red bus"),
     ):
         extractor.load()
-        found += extractor.forward([extractor.preprocess(item)])
-    return found
+        rows += extractor.forward([extractor.preprocess(item)])
+    return rows
 
 
 def test_the_list_has_every_preset(capsys: Run) -> None:
@@ -91,8 +91,8 @@ def test_the_list_has_every_preset(capsys: Run) -> None:
 
 def test_the_list_is_of_settings_too(capsys: Run) -> None:
     """With --set or --config: what these settings need, by file and by seed."""
-    given = ("features.preset=modern", "features.text.weights=random:1", "features.ocr.enabled=no")
-    code, out, _ = lines(capsys, "list", "--json", *(w for each in given for w in ("--set", each)))
+    sets = ("features.preset=modern", "features.text.weights=random:1", "features.ocr.enabled=no")
+    code, out, _ = lines(capsys, "list", "--json", *(w for each in sets for w in ("--set", each)))
     rows = json.loads(out)
     assert code == 0
     assert [(row["preset"], row["from"].partition(":")[0]) for row in rows] == [
@@ -107,8 +107,8 @@ def test_classical_encoders_need_files_of_ones_own_or_none(capsys: Run) -> None:
     hog = [f"features.{name}.arch=hog" for name in ("image", "video")]
     beside = ["features.text.pooling=mean", "features.text.tfidf=t.safetensors"]
     for text in (["features.text.arch=tfidf", "features.text.weights=t.safetensors"], beside):
-        given = [word for each in (*hog, *text) for word in ("--set", each)]
-        code, out, _ = lines(capsys, "list", "--json", *given)
+        sets = [word for each in (*hog, *text) for word in ("--set", each)]
+        code, out, _ = lines(capsys, "list", "--json", *sets)
         rows = json.loads(out)
         assert code == 0
         assert not any("image" in row["for"] for row in rows)
@@ -128,8 +128,8 @@ def test_small_starts_from_a_copied_folder_without_its_packages(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *at: find(name, *at) if name in engines else None
     )
-    for found, array in zip(vectors(), expected, strict=True):
-        np.testing.assert_array_equal(found, array)
+    for offline, array in zip(vectors(), expected, strict=True):
+        np.testing.assert_array_equal(offline, array)
     code, _, line = lines(capsys, "verify", "--preset", "small")
     assert code == 2  # sound is trained on one's own posts
     assert "workshop/pretrained/audio.safetensors of the preset small is missing" in line

@@ -19,10 +19,10 @@ from workers.protocol import DecodeTask, Task
 
 @pytest.fixture
 def chromium() -> str:
-    found = find_chromium()
-    if found is None:
+    program = find_chromium()
+    if program is None:
         unavailable("no chromium found; apt install chromium")
-    return found or ""
+    return program or ""
 
 
 def answer(task: Task) -> Answer:
@@ -57,7 +57,7 @@ def test_an_upload_shows_its_tags(url: str, chromium: str, tmp_path: Path) -> No
     text = "<b>cat</b> in the sea"
     with files[0].open("rb") as image, files[1].open("rb") as video:
         uploads = {"images": image, "videos": video}
-        wanted = requests.post(
+        expected = requests.post(
             f"{url}/v1/tag", data={"text": text}, files=uploads, timeout=60
         ).json()
     broken = tmp_path / "<img src=x onerror=alert(1)>.png"
@@ -74,7 +74,7 @@ def test_an_upload_shows_its_tags(url: str, chromium: str, tmp_path: Path) -> No
             "[...document.querySelectorAll('#tags li')].map(row => "
             "[row.children[0].textContent, row.children[2].textContent])"
         )
-        assert shown == [[tag["name"], f"{tag['score']:.3f}"] for tag in wanted["tags"]]
+        assert shown == [[tag["name"], f"{tag['score']:.3f}"] for tag in expected["tags"]]
         assert shown == [["sport", "0.900"]]
         width = page.run(
             "document.querySelector('#tags .fill').getBoundingClientRect().width / "
@@ -94,7 +94,7 @@ def test_an_upload_shows_its_tags(url: str, chromium: str, tmp_path: Path) -> No
             "Object.fromEntries([...document.querySelectorAll('#modalities tbody tr')]"
             ".map(row => [row.cells[0].textContent, row.cells[1].textContent]))"
         )
-        assert states == wanted["modalities"]
+        assert states == expected["modalities"]
         assert "total" in page.run("document.querySelector('#timings').textContent")
         assert page.complaints == []
 

@@ -102,11 +102,11 @@ def test_every_state_of_a_post(posts: Desk, database: Any) -> None:
             {"_id": "dead", "state": "dead", "attempts": 5, "last_error": error},
         ]
     )
-    found = {
+    answers = {
         name: posts.client.get(f"/v1/posts/{name}")
         for name in ("new", "done", "broken", "42", "running", "dead", "stranger")
     }
-    states = {name: answer.json.get("state") for name, answer in found.items()}
+    states = {name: answer.json.get("state") for name, answer in answers.items()}
     assert states == {
         "new": "untagged",
         "done": "tagged",
@@ -116,18 +116,18 @@ def test_every_state_of_a_post(posts: Desk, database: Any) -> None:
         "dead": "dead",
         "stranger": None,
     }
-    assert found["stranger"].status_code == 404
-    assert found["stranger"].json["error"]["type"] == "PostNotFound"
-    assert found["done"].json["result"]["tags"] == result["tags"]
-    assert found["done"].json["result"]["tagged_at"].startswith("2026-01-02T00:00:00")
-    assert found["running"].json["result"]["status"] == "tagged"
-    assert found["dead"].json["job"] == {
+    assert answers["stranger"].status_code == 404
+    assert answers["stranger"].json["error"]["type"] == "PostNotFound"
+    assert answers["done"].json["result"]["tags"] == result["tags"]
+    assert answers["done"].json["result"]["tagged_at"].startswith("2026-01-02T00:00:00")
+    assert answers["running"].json["result"]["status"] == "tagged"
+    assert answers["dead"].json["job"] == {
         "state": "dead",
         "attempts": 5,
         "due_at": None,
         "error": error,
     }
-    assert found["42"].json["job"]["due_at"] == "1970-01-01T00:00:05+00:00"
+    assert answers["42"].json["job"]["due_at"] == "1970-01-01T00:00:05+00:00"
 
 
 @pytest.mark.parametrize("value", [Int64(1212092628029698048), -7, 2.0**31 + 2, 1.5, ObjectId()])

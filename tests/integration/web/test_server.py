@@ -110,8 +110,8 @@ class FlaskServer:
     def until_ready(self, timeout_s: float = 300) -> "FlaskServer":
         end = time.monotonic() + timeout_s
         while True:
-            found = self.answer("/readyz?only=workers")
-            if found is not None and found.status_code == 200:
+            answer = self.answer("/readyz?only=workers")
+            if answer is not None and answer.status_code == 200:
                 return self
             assert self.process.poll() is None, self.said
             assert time.monotonic() < end, self.said
@@ -153,7 +153,7 @@ def server(site: Site) -> Iterator[FlaskServer]:
 
 
 @pytest.fixture(scope="module")
-def wanted(site: Site) -> dict[str, Any]:
+def expected(site: Site) -> dict[str, Any]:
     """The answer of one process to the same files, without queue, workers and server."""
     media = (Media("image", str(site.media / "a.png")), Media("video", str(site.media / "v.mp4")))
     with local_runner(site.settings) as runner:
@@ -166,18 +166,18 @@ def wanted(site: Site) -> dict[str, Any]:
     }
 
 
-def check(answer: requests.Response, wanted: dict[str, Any]) -> None:
+def check(answer: requests.Response, expected: dict[str, Any]) -> None:
     assert answer.status_code == 200, answer.text
-    found = answer.json()
-    assert found["modalities"] == wanted["modalities"]
-    assert [(tag["id"], tag["name"]) for tag in found["tags"]] == wanted["tags"]
-    scores = {each["id"]: each["score"] for each in found["scores"]}
-    assert [scores[i] for i in range(3)] == pytest.approx(wanted["scores"], abs=1e-3)
-    assert found["failures"] == {}
+    content = answer.json()
+    assert content["modalities"] == expected["modalities"]
+    assert [(tag["id"], tag["name"]) for tag in content["tags"]] == expected["tags"]
+    scores = {each["id"]: each["score"] for each in content["scores"]}
+    assert [scores[i] for i in range(3)] == pytest.approx(expected["scores"], abs=1e-3)
+    assert content["failures"] == {}
 
 
 def test_urls_give_what_one_process_gives(
-    server: FlaskServer, site: Site, wanted: dict[str, Any]
+    server: FlaskServer, site: Site, expected: dict[str, Any]
 ) -> None:
     """JSON with URLs of a loopback media server."""
     body = {
@@ -187,7 +187,7 @@ def test_urls_give_what_one_process_gives(
         "videos": [f"{site.media_url}/v.mp4"],
     }
     answer = requests.post(f"{server.url}/v1/tag?scores=1", json=body, timeout=60)
-    check(answer, wanted)
+    check(answer, expected)
     assert {"fetch", "decode", "extract", "fuse", "total"} == set(answer.json()["timings_ms"])
 
 
@@ -200,13 +200,13 @@ def upload(server: FlaskServer, site: Site) -> requests.Response:
 
 
 def test_uploads_give_what_one_process_gives(
-    server: FlaskServer, site: Site, wanted: dict[str, Any]
+    server: FlaskServer, site: Site, expected: dict[str, Any]
 ) -> None:
     """One form; many at once give the same; no upload is left in the spool."""
-    check(upload(server, site), wanted)
+    check(upload(server, site), expected)
     with ThreadPoolExecutor(6) as threads:
         for answer in threads.map(lambda _: upload(server, site), range(6)):
-            check(answer, wanted)
+            check(answer, expected)
     assert {path.name for path in server.spool.glob("king-*/*")} == {"lock"}
 
 
@@ -345,11 +345,11 @@ def test_a_killed_server_leaves_no_worker(site: Site) -> None:
         assert answer.status_code == 503
         assert "loaded" in answer.json()["parts"]["workers"]
         wait_until(lambda: len(own.descendants()) >= 5, 60, "the workers")
-        found = own.descendants()
+        workers = own.descendants()
         own.process.kill()
         own.process.wait(60)
-        psutil.wait_procs(found, timeout=60)
-        assert alive(process.pid for process in found) == []
+        psutil.wait_procs(workers, timeout=60)
+        assert alive(process.pid for process in workers) == []
 
 
 def test_mistakes_are_one_line(

@@ -87,10 +87,10 @@ def test_off_there_is_no_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Whisper, "load", lambda self: pytest.fail("Whisper is loaded"))
     [post, *_] = read_whole_posts(folder / "posts.json")
     with local_runner(load_settings(folder / "off.yaml"), fuse=False) as local:
-        found = local.run(post).features
+        features = local.run(post).features
         assert "asr" not in local.fingerprints
-    assert set(found.statuses) == {"video", "image", "audio", "text", "ocr"}
-    assert "asr" not in found.arrays
+    assert set(features.statuses) == {"video", "image", "audio", "text", "ocr"}
+    assert "asr" not in features.arrays
     arguments = ["--config", str(folder / "off.yaml"), "--input", str(folder / "posts.json")]
     assert main("audio", [*arguments, "--features", str(folder / "plain")]) == 0
     header = read_header(next((folder / "plain").rglob("two.safetensors")))

@@ -335,7 +335,7 @@ def test_rules_are_taken_up_when_their_file_changes(driver: Driver, site: Site) 
     """A bad file leaves the last good one in force, also in a fusion worker that restarts."""
     file = site.bundle.parent / TAGS
     task = FuseTask(Features("p", {"text": np.ones((2, 64), np.float16)}, {"text": "ok"}))
-    kept = site.bundle.parent / ".bundle.good" / TAGS
+    copy = site.bundle.parent / ".bundle.good" / TAGS
 
     def names() -> set[str]:
         return {tag.name for tag in driver.run(task).tags}
@@ -346,7 +346,7 @@ def test_rules_are_taken_up_when_their_file_changes(driver: Driver, site: Site) 
         driver.until(lambda: names() == {"cat", "dog"})
         hidden = driver.run(task).rules
         assert hidden not in (None, before)
-        driver.until(lambda: kept.read_text() == "hide: [sea]\n")
+        driver.until(lambda: copy.read_text() == "hide: [sea]\n")
         assert driver.pid("fuse-0") == pid
         for bad in ("hide: [see]\n", None):
             file.unlink()
@@ -354,7 +354,7 @@ def test_rules_are_taken_up_when_their_file_changes(driver: Driver, site: Site) 
                 file.write_text(bad)
             restart(driver)
             assert driver.run(task).rules == hidden
-            assert kept.read_text() == "hide: [sea]\n"
+            assert copy.read_text() == "hide: [sea]\n"
             pid = driver.pid("fuse-0")
         file.write_text("hide: [cat]\n")
         driver.until(lambda: names() == {"dog", "sea"})

@@ -156,9 +156,9 @@ def test_many_at_once(open_one: Open) -> None:
         for i in range(120):
             name = key(str((seed * 7 + i) % 60))
             store.put(name, name.encode() * 300)
-            for found, value in store.get_many([key(str(j)) for j in range(0, 60, 9)]).items():
-                if value != found.encode() * 300:
-                    wrong.append(found)
+            for stored, value in store.get_many([key(str(j)) for j in range(0, 60, 9)]).items():
+                if value != stored.encode() * 300:
+                    wrong.append(stored)
 
     threads = [threading.Thread(target=work, args=(s, i)) for i, s in enumerate(stores)]
     for thread in threads:

@@ -47,9 +47,9 @@ def blocks(page: Path, *kinds: str) -> Iterator[tuple[int, str]]:
 
 def commands(page: Path) -> Iterator[Command]:
     """Yield every command of our programs on a page; not of scripts that the page itself gives."""
-    given = set(GIVEN.findall(page.read_text(encoding="utf-8")))
+    scripts = set(GIVEN.findall(page.read_text(encoding="utf-8")))
     for each in _all_commands(page):
-        if not given & set(each.words):
+        if not scripts & set(each.words):
             yield each
 
 
@@ -102,12 +102,12 @@ def _split(line: str) -> list[list[str]]:
     """Return the words of each command of a line: behind pipes, ``&&`` and so on a new one."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
-    found: list[list[str]] = [[]]
+    parts: list[list[str]] = [[]]
     for word in lexer:
         if word in ("|", "||", "&&", "&", ";"):
-            found.append([])
+            parts.append([])
         elif word in (">", ">>", "2>", "<"):
-            found.append(["(file)"])
+            parts.append(["(file)"])
         else:
-            found[-1].append(word)
-    return found
+            parts[-1].append(word)
+    return parts

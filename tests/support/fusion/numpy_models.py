@@ -53,8 +53,8 @@ def known(w: Weights) -> list[str]:
 
 
 def rows_of(post: Features, modality: str) -> Array | None:
-    found = post.arrays.get(modality)  # type: ignore[call-overload]
-    return None if found is None else found.astype(np.float64)
+    rows = post.arrays.get(modality)  # type: ignore[call-overload]
+    return None if rows is None else rows.astype(np.float64)
 
 
 def each(
@@ -137,9 +137,9 @@ def nextvlad_se(w: Weights, post: Features) -> Said:
 def gmu(w: Weights, post: Features) -> Said:
     vectors, alone = mean_pooled(w, post)
     gates = linear(w, "gates", np.concatenate(vectors)).reshape(len(vectors), -1)
-    there = [i for i, m in enumerate(known(w)) if m in alone] or list(range(len(vectors)))
-    weights = softmax(gates[there], 0)
-    fused = sum(weights[k] * np.tanh(vectors[i]) for k, i in enumerate(there))
+    present = [i for i, m in enumerate(known(w)) if m in alone] or list(range(len(vectors)))
+    weights = softmax(gates[present], 0)
+    fused = sum(weights[k] * np.tanh(vectors[i]) for k, i in enumerate(present))
     return linear(w, "classify", relu(linear(w, "hidden", fused))), own_heads(w, alone)
 
 
@@ -147,15 +147,15 @@ def lstm(w: Weights, name: str, x: Array) -> Array:
     """Gates in torch's order: input, forget, cell, output."""
     size = w[f"{name}.weight_hh_l0"].shape[1]
     state = cell = np.zeros(size)
-    found = []
+    states = []
     for row in x:
         gates = w[f"{name}.weight_ih_l0"] @ row + w[f"{name}.bias_ih_l0"]
         gates = gates + w[f"{name}.weight_hh_l0"] @ state + w[f"{name}.bias_hh_l0"]
         i, f, g, o = np.split(gates, 4)
         cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
         state = sigmoid(o) * np.tanh(cell)
-        found.append(state)
-    return np.stack(found)
+        states.append(state)
+    return np.stack(states)
 
 
 def attention_lstm(w: Weights, post: Features) -> Said:

@@ -29,8 +29,8 @@ def checkpoint(folder: Path, name: str = "run") -> dict[str, Any]:
 
 
 def weights(folder: Path, name: str = "run") -> State:
-    found: State = checkpoint(folder, name)["model"]
-    return found
+    state: State = checkpoint(folder, name)["model"]
+    return state
 
 
 def equal(a: State, b: State) -> bool:

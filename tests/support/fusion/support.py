@@ -102,8 +102,8 @@ def batch(
 
 def truth(posts: int) -> npt.NDArray[np.float32]:
     """Random targets ``(posts, classes)``."""
-    found = np.random.default_rng(7).random((posts, CLASSES)) < 0.4
-    return found.astype(np.float32)
+    targets = np.random.default_rng(7).random((posts, CLASSES)) < 0.4
+    return targets.astype(np.float32)
 
 
 def model(name: str, settings: ModelSettings = SMALL, **changes: Any) -> FusionModel:
@@ -146,11 +146,11 @@ def write_posts(folder: Path, name: str, count: int, seed: int, *, classes: int 
     for i in range(count):
         tags = tuple(int(t) for t in chance.choice(classes, chance.integers(1, 3), replace=False))
         hidden = {m: 0 for m in ("image", "ocr") if i % 7 == 3 and m != MODALITIES[tags[0] % 5]}
-        found = features(f"{name}{i}", seed=seed * 10_000 + i, tags=tags, lengths=hidden)
-        path = write_features(folder / "features", found, FINGERPRINTS)
+        post = features(f"{name}{i}", seed=seed * 10_000 + i, tags=tags, lengths=hidden)
+        path = write_features(folder / "features", post, FINGERPRINTS)
         labels = [LABELS.names[t] for t in tags]
         features_at = str(path.relative_to(folder))
-        entries.append({"post_id": found.post_id, "labels": labels, "features": features_at})
+        entries.append({"post_id": post.post_id, "labels": labels, "features": features_at})
     file = folder / f"{name}.json"
     file.write_text(json.dumps(entries), encoding="utf-8")
     return file
@@ -160,10 +160,10 @@ def spoil_features(
     folder: Path, post_id: str, *, seed: int = 0, value: float = np.nan, **fingerprints: str
 ) -> None:
     """Write a post's features anew, with a text that is not finite or with other fingerprints."""
-    found = features(post_id, seed=seed)
+    post = features(post_id, seed=seed)
     if not fingerprints:
-        found.arrays["text"][0, 0] = value
-    write_features(folder / "features", found, {**FINGERPRINTS, **fingerprints})  # type: ignore[dict-item]
+        post.arrays["text"][0, 0] = value
+    write_features(folder / "features", post, {**FINGERPRINTS, **fingerprints})  # type: ignore[dict-item]
 
 
 def plain_gap(rows: Iterable[tuple[Sequence[float], Sequence[float]]], top_k: int = 20) -> float:

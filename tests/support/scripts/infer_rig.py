@@ -53,8 +53,8 @@ def make(folder: Path, posts: int = 40, **changes: Any) -> Path:
 
 def infer(folder: Path, *more: str, posts: str = "posts.json") -> int:
     """`infer_net.main` on the folder's config."""
-    given = ["--infer_config", str(folder / "infer.yaml"), "--input", str(folder / posts)]
-    return infer_net.main([*given, *more])
+    options = ["--infer_config", str(folder / "infer.yaml"), "--input", str(folder / posts)]
+    return infer_net.main([*options, *more])
 
 
 def mistake(
@@ -72,9 +72,9 @@ def infer_slowly(folder: Path, *more: str) -> int:
     """`infer`, with time to be killed while it reads."""
     read = FeatureFiles.features
 
-    def slow(self: FeatureFiles, *given: Any) -> Features:
+    def slow(self: FeatureFiles, *arguments: Any) -> Features:
         time.sleep(0.01)
-        return read(self, *given)
+        return read(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureFiles, "features", slow)

@@ -89,9 +89,9 @@ class Driver:
 
     def wait(self, task_id: int) -> protocol.Done | protocol.Failed:
         self.until(lambda: self.outcome(task_id))
-        found = self.outcome(task_id)
-        assert found is not None
-        return found
+        outcome = self.outcome(task_id)
+        assert outcome is not None
+        return outcome
 
     def done(self, task_id: int) -> protocol.Done:
         event = self.wait(task_id)
@@ -164,21 +164,21 @@ def through(driver: Driver, *posts: Post, cache: bool = False) -> list[Features]
             if isinstance(event, (protocol.Done, protocol.Failed)):
                 runs.handle(event)
         runs.expire()
-    found = [outcomes[run] for run in begun]
-    assert all(isinstance(outcome, PostTags) for outcome in found), found
-    return [outcome.features for outcome in found if isinstance(outcome, PostTags)]
+    results = [outcomes[run] for run in begun]
+    assert all(isinstance(outcome, PostTags) for outcome in results), results
+    return [outcome.features for outcome in results if isinstance(outcome, PostTags)]
 
 
 def alive(pids: Iterable[int]) -> list[int]:
     """Those that run; a zombie that its parent has not read yet does not."""
-    found = []
+    running = []
     for pid in pids:
         try:
             if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                found.append(pid)
+                running.append(pid)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return running
 
 
 def memory_files() -> int:

@@ -36,5 +36,5 @@ def sent(made: Scheduler, now: float = 0.0) -> list[tuple[str, Envelope]]:
     return list(made.dispatch(now))
 
 
-def ids(given: list[tuple[str, Envelope]]) -> list[int]:
-    return [envelope.task_id for _, envelope in given]
+def ids(envelopes: list[tuple[str, Envelope]]) -> list[int]:
+    return [envelope.task_id for _, envelope in envelopes]

@@ -60,10 +60,10 @@ class NameServer:
         Raises:
             socket.gaierror: The name has no address.
         """
-        found = [*self._ask(name, _A), *self._ask(name, _AAAA)]
-        if not found:
+        addresses = [*self._ask(name, _A), *self._ask(name, _AAAA)]
+        if not addresses:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return found
+        return addresses
 
     def _ask(self, name: str, kind: int) -> list[str]:
         labels = name.rstrip(".").encode("ascii").split(b".")
@@ -77,12 +77,12 @@ class NameServer:
         if reply[:2] != number:
             raise ValueError("an answer to another question")
         (count,) = struct.unpack_from(">H", reply, 6)
-        position, found = 12 + len(question) + 4, []
+        position, addresses = 12 + len(question) + 4, []
         for _ in range(count):
             (size,) = struct.unpack_from(">H", reply, position + 10)
-            found.append(str(ipaddress.ip_address(reply[position + 12 : position + 12 + size])))
+            addresses.append(str(ipaddress.ip_address(reply[position + 12 : position + 12 + size])))
             position += 12 + size
-        return found
+        return addresses
 
     def _serve(self) -> None:
         while True:
@@ -173,10 +173,10 @@ class Net:
         text = host.decode() if isinstance(host, bytes) else str(host)
         if text.lower() == "localhost" or _is_number(text):
             return list(_REAL_GETADDRINFO(host, port, *rest))
-        found: list[Any] = []
+        infos: list[Any] = []
         for address in self.names.addresses(text):
-            found += _REAL_GETADDRINFO(address, port, *rest)
-        return found
+            infos += _REAL_GETADDRINFO(address, port, *rest)
+        return infos
 
     def connect(self, sock: socket.socket, target: tuple[Any, ...]) -> None:
         """Connect a socket to the server that stands at the address."""

@@ -59,8 +59,8 @@ class Toy(Handler):
         if verb == f"{role}-hangs":
             time.sleep(60)
         if role == "fuse":
-            wanted = json.loads(rest) if verb == "bundle-wants" else {}
-            return {"name": "toy", "version": "1", "fingerprints": json.dumps(wanted)}
+            fingerprints = json.loads(rest) if verb == "bundle-wants" else {}
+            return {"name": "toy", "version": "1", "fingerprints": json.dumps(fingerprints)}
         if role == "extract":
             return {
                 "fingerprints": json.dumps({n: f"fp-{n}" for n in self.context.launch.extractors})

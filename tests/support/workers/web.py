@@ -47,8 +47,8 @@ class _Handler(Answers):
         self.answer(b"\x89PNG\r\n\x1a\n" + BODY, Content_Type="text/html; charset=utf-8")
 
     def do_redirect(self, rest: str) -> None:
-        left = int(rest)
-        target = f"/redirect/{left - 1}" if left else "/ok"
+        more = int(rest)
+        target = f"/redirect/{more - 1}" if more else "/ok"
         self.answer(b"x" * 10, 302, Location=target)
 
     def do_to(self, rest: str) -> None:

@@ -47,9 +47,9 @@ def test_names_under_columns_never_touch() -> None:
 
 def test_long_lines_keep_their_ends() -> None:
     chart: Any = lines("t", [Line("", [(i, i % 7) for i in range(100_000)])], Axis(), Axis())
-    found = places(chart.lines[0].path)
-    assert len(found) < 300
-    assert (found[0][0], found[-1][0]) == (LEFT, RIGHT)
+    points = places(chart.lines[0].path)
+    assert len(points) < 300
+    assert (points[0][0], points[-1][0]) == (LEFT, RIGHT)
     assert chart.dots == ()
 
 

@@ -85,17 +85,17 @@ def test_what_a_joined_fingerprint_is_of_is_named_too() -> None:
 @pytest.mark.parametrize("parts", [None, 7, {"video": 3}, {"video": {}}, {"audio": {"a": 1}}])
 def test_what_another_release_left_is_a_plain_digest(parts: Any) -> None:
     """Nothing beside a digest, or something else: only the name of the setting is missing."""
-    found = with_parts({"video": "v"}, parts)
-    assert found == {"video": "v"}
-    assert parts_of(found["video"]) == {}
-    assert unpacked('{"video": "v"}') == found
+    prints = with_parts({"video": "v"}, parts)
+    assert prints == {"video": "v"}
+    assert parts_of(prints["video"]) == {}
+    assert unpacked('{"video": "v"}') == prints
 
 
 def test_a_process_tells_what_its_fingerprints_are_of() -> None:
     """As one text, which is what a worker sends when it is ready."""
-    found = unpacked(packed({"video": of(), "text": "t"}))
-    assert found == {"video": of(), "text": "t"}
-    assert parts_of(found["video"]) == parts_of(of())
+    prints = unpacked(packed({"video": of(), "text": "t"}))
+    assert prints == {"video": of(), "text": "t"}
+    assert parts_of(prints["video"]) == parts_of(of())
 
 
 def test_a_feature_file_keeps_it(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_bundle_keeps_it(tmp_path: Path) -> None:
     support.write_bundle(tmp_path / "b", "gmu", manifest=support.manifest(fingerprints=prints))
     about = yaml.safe_load((tmp_path / "b" / "bundle.yaml").read_text())
     assert [name for name, entry in about["features"].items() if "made_of" in entry] == ["video"]
-    found = load_bundle(tmp_path / "b").manifest
-    assert mismatch(found.fingerprints, {s: str(f) for s, f in prints.items()}) is None
-    wrong = mismatch(found.fingerprints, {**prints, "video": of(weights=WEIGHTS[1])})
+    manifest = load_bundle(tmp_path / "b").manifest
+    assert mismatch(manifest.fingerprints, {s: str(f) for s, f in prints.items()}) is None
+    wrong = mismatch(manifest.fingerprints, {**prints, "video": of(weights=WEIGHTS[1])})
     assert str(wrong).endswith("(another weights)")

@@ -46,9 +46,11 @@ def test_the_documents_of_tagged_and_failed_posts_have_the_same_keys() -> None:
 
 def test_rules_and_near_misses_have_keys_only_where_there_are_any() -> None:
     near = (NearMiss("t-9", "狗", 0.40000000001, 0.5),)
-    found = TagResult.tagged(replace(TAGS, rules="12345678", near_misses=near), FEATURES).document()
+    document = TagResult.tagged(
+        replace(TAGS, rules="12345678", near_misses=near), FEATURES
+    ).document()
     plain = TagResult.tagged(TAGS, FEATURES).document()
-    assert found == {
+    assert document == {
         **plain,
         "rules": "12345678",
         "near_misses": [{"id": "t-9", "name": "狗", "score": 0.4, "threshold": 0.5}],

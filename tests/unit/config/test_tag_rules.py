@@ -41,8 +41,8 @@ def read(folder: Path, text: str) -> TagRules:
 def test_tags_that_posts_can_be_given(
     tmp_path: Path, text: str, served: list[tuple[int | str, str, tuple[int, ...]]]
 ) -> None:
-    found = read(tmp_path, text).served(LABELS)
-    assert [(tag.id, tag.name, tag.classes) for tag in found] == served
+    tags = read(tmp_path, text).served(LABELS)
+    assert [(tag.id, tag.name, tag.classes) for tag in tags] == served
 
 
 @pytest.mark.parametrize(

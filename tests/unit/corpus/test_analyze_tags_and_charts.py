@@ -19,8 +19,10 @@ def labels_of(*posts: list[str]) -> Labels:
 
 def test_names_that_differ_in_case_space_or_width_are_found() -> None:
     """Case, spaces, separators and full-width letters; the most frequent writing first."""
-    found = labels_of(["Hot Pot"], ["hot-pot"], ["Hot Pot"], ["ＨＯＴpot"], ["美食 旅游"], ["pot"])
-    variants = found.as_dict(1, ["美食旅游"])["variants"]
+    counted = labels_of(
+        ["Hot Pot"], ["hot-pot"], ["Hot Pot"], ["ＨＯＴpot"], ["美食 旅游"], ["pot"]
+    )
+    variants = counted.as_dict(1, ["美食旅游"])["variants"]
     assert {frozenset(names) for names in variants} == {
         frozenset({"Hot Pot", "hot-pot", "ＨＯＴpot"}),
         frozenset({"美食 旅游", "美食旅游"}),

@@ -24,8 +24,8 @@ ABSENT = {"image": "missing", "audio": "missing", "video": "missing", "ocr": "mi
 
 def _features(root: Path, post_id: str, fingerprint: str = "bert-1", value: float = 1.0) -> None:
     array = np.full((1, 4), value, np.float16)
-    found = Features(post_id, {"text": array}, {"text": "ok", **ABSENT})  # type: ignore[dict-item]
-    write_features(root, found, {"text": fingerprint})
+    features = Features(post_id, {"text": array}, {"text": "ok", **ABSENT})  # type: ignore[dict-item]
+    write_features(root, features, {"text": fingerprint})
 
 
 def _post(number: int, **more: Any) -> dict[str, Any]:
@@ -73,8 +73,10 @@ def test_what_cannot_be_learned_from_is_named_with_its_reason(tmp_path: Path) ->
     _features(tmp_path / "f", "p105", value=float("nan"))
     assert _build(tmp_path, "--unknown", "skip_post", "--check", "full") == 0
     assert posts.exists()
-    found = {(each["post_id"], each["reason"]) for each in _lines(tmp_path / "out/left_out.jsonl")}
-    assert found == {
+    left_out = {
+        (each["post_id"], each["reason"]) for each in _lines(tmp_path / "out/left_out.jsonl")
+    }
+    assert left_out == {
         (None, "broken line"),
         ("p100", "no labels"),
         ("p101", "label not in the map"),
@@ -84,12 +86,12 @@ def test_what_cannot_be_learned_from_is_named_with_its_reason(tmp_path: Path) ->
         ("p104", "features made otherwise than most"),
         ("p105", "broken feature file"),
     }
-    kept = [
+    used = [
         record["post_id"]
         for side in ("train", "valid", "test")
         for record in json.loads((tmp_path / f"out/{side}_cls6.json").read_text())
     ]
-    assert sorted(kept) == sorted(f"p{i}" for i in range(60))
+    assert sorted(used) == sorted(f"p{i}" for i in range(60))
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["failed"]["no labels"] == 1
     assert summary["done"] == 60
@@ -232,15 +234,15 @@ def test_exact_split_stays(tmp_path: Path, form: str, capsys: pytest.CaptureFixt
     posts = [_post(i, author="all of one") for i in range(40)]
     _corpus(tmp_path, posts)
     ids = [post["post_id"] for post in posts]
-    given = {"train": ids[:25], "valid": ids[25:28], "test": [*ids[28:37], "unknown"]}
-    lines = [{"post_id": p, "side": side} for side, some in given.items() for p in some]
+    ids_of = {"train": ids[:25], "valid": ids[25:28], "test": [*ids[28:37], "unknown"]}
+    lines = [{"post_id": p, "side": side} for side, some in ids_of.items() for p in some]
     path = tmp_path / f"given.{form}"
     path.write_text(
-        json.dumps(given) if form == "json" else "\n".join(map(json.dumps, lines)), "utf-8"
+        json.dumps(ids_of) if form == "json" else "\n".join(map(json.dumps, lines)), "utf-8"
     )
     assert _build(tmp_path, "--split", str(path)) == 0
     assert _sides(tmp_path / "out") == {
-        p: s for s, some in given.items() for p in some[:25] if p != "unknown"
+        p: s for s, some in ids_of.items() for p in some[:25] if p != "unknown"
     }
     left_out = {each["post_id"]: each["reason"] for each in _lines(tmp_path / "out/left_out.jsonl")}
     assert left_out == dict.fromkeys(ids[37:], "not in --split")
@@ -269,10 +271,10 @@ def test_a_split_by_time_holds_every_later_post(tmp_path: Path) -> None:
     posts.append(_post(120, created=None))
     _corpus(tmp_path, posts)
     assert _build(tmp_path, "--test_since", "2026-04-01") == 0
-    found = _sides(tmp_path / "out")
-    assert {p for p, side in found.items() if side == "test"} == {f"p{i}" for i in range(90, 120)}
-    assert all(len({found[f"p{i + n}"] for n in (0, 30, 60)}) == 1 for i in range(30))
-    assert 3 <= list(found.values()).count("valid") <= 15
+    sides = _sides(tmp_path / "out")
+    assert {p for p, side in sides.items() if side == "test"} == {f"p{i}" for i in range(90, 120)}
+    assert all(len({sides[f"p{i + n}"] for n in (0, 30, 60)}) == 1 for i in range(30))
+    assert 3 <= list(sides.values()).count("valid") <= 15
     [left_out] = _lines(tmp_path / "out/left_out.jsonl")
     assert (left_out["post_id"], left_out["reason"]) == ("p120", "created is not known")
 

@@ -40,9 +40,9 @@ def whole(post_id: str = "p", **changes: Failure) -> Features:
         stream: rng.standard_normal((2, 3)).astype(np.float16) for stream in STREAMS
     }
     statuses: dict[Modality, Status] = {m: "failed" if m in changes else "ok" for m in MODALITIES}
-    there = {s: a for s, a in arrays.items() if modality_of(s) not in changes}
+    present = {s: a for s, a in arrays.items() if modality_of(s) not in changes}
     failures = {m: changes[m] for m in MODALITIES if m in changes}
-    return Features(post_id, there, statuses, failures, ocr_text="SALE")
+    return Features(post_id, present, statuses, failures, ocr_text="SALE")
 
 
 def share(features: Features, kind: Kind) -> Features:
@@ -111,9 +111,9 @@ def test_a_finished_post_is_found_with_its_failures(tmp_path: Path) -> None:
     """So that a second run tells the same failures; ``retry_failed`` does it again."""
     put(tmp_path, whole(), "video")
     done = store(tmp_path, "image").put(work("image"), share(whole(image=GONE), "image"))
-    found: Any = store(tmp_path, "image").find(work("image"))
-    assert found.state == "there"
-    assert (found.statuses, found.failures) == (done.statuses, done.failures)
+    finished: Any = store(tmp_path, "image").find(work("image"))
+    assert finished.state == "there"
+    assert (finished.statuses, finished.failures) == (done.statuses, done.failures)
     assert store(tmp_path, "image", retry_failed=True).find(work("image")) is None
     assert store(tmp_path, "video", retry_failed=True).find(work("video")) is not None
 
@@ -251,8 +251,8 @@ def test_words_of_pictures_belong_to_the_text(tmp_path: Path) -> None:
     other = one(tmp_path, TEXT, text="x", images=["b.jpg"]).digests
     assert read["text"] == other["text"]
     assert read["ocr"] != other["ocr"]
-    given = one(tmp_path, TEXT, ocr="SALE", images=["a.jpg"]).digests["ocr"]
-    assert one(tmp_path, TEXT, ocr="SALE", images=["b.jpg"]).digests["ocr"] == given
+    with_ocr = one(tmp_path, TEXT, ocr="SALE", images=["a.jpg"]).digests["ocr"]
+    assert one(tmp_path, TEXT, ocr="SALE", images=["b.jpg"]).digests["ocr"] == with_ocr
     path = write_lines(tmp_path / "p.jsonl", [{"post_id": "p", "text": "x", "images": ["a.jpg"]}])
     (appended,) = works(path, TEXT, features={"ocr_mode": "append"})
     path = write_lines(tmp_path / "p.jsonl", [{"post_id": "p", "text": "x", "images": ["b.jpg"]}])

@@ -64,10 +64,10 @@ def test_groups_are_the_connected_components(links: list[tuple[int, int]]) -> No
         groups.join(link)
     rows, columns = ([link[i] for link in links] for i in (0, 1))
     graph = coo_array((np.ones(len(links)), (rows, columns)), shape=(20, 20))
-    _, wanted = connected_components(graph, directed=False)
-    found = _numbers(groups)
-    assert len(set(zip(found, wanted, strict=True))) == len(set(wanted))
-    firsts = [int(np.flatnonzero(found == number)[0]) for number in range(found.max() + 1)]
+    _, theirs = connected_components(graph, directed=False)
+    ours = _numbers(groups)
+    assert len(set(zip(ours, theirs, strict=True))) == len(set(theirs))
+    firsts = [int(np.flatnonzero(ours == number)[0]) for number in range(ours.max() + 1)]
     assert firsts == sorted(firsts)
 
 

@@ -62,15 +62,15 @@ def reference(folder: Path, window: np.ndarray, **options: Any) -> str:
 
 def test_words_are_those_of_transformers_and_silence_has_none(folder: Path) -> None:
     """In batches, with the language told by the model or set; silence and a click are not heard."""
-    found = loaded(folder).transcribe(windows())
-    assert [bool(text) for text in found] == [True, False, False, True, True]
+    texts = loaded(folder).transcribe(windows())
+    assert [bool(text) for text in texts] == [True, False, False, True, True]
     for row in (0, 3):
-        assert found[row] == reference(folder, windows()[row], task="transcribe")
+        assert texts[row] == reference(folder, windows()[row], task="transcribe")
     for code in ("en", "de"):
         one = loaded(folder, language=code, batch_size=1).transcribe(windows()[3:4])
         assert one == [words_of(reference(folder, windows()[3], task="transcribe", language=code))]
     bf16 = loaded(folder, precision="bf16").transcribe(windows())
-    assert [bool(text) for text in bf16] == [bool(text) for text in found]
+    assert [bool(text) for text in bf16] == [bool(text) for text in texts]
 
 
 def test_what_whisper_calls_no_speech_has_no_words(folder: Path) -> None:

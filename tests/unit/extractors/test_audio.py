@@ -29,10 +29,10 @@ def test_any_timm_model_takes_patches(tmp_path: Path, arch: str) -> None:
     )
     extractor.load()
     items = [patches(n, n) for n in (3, 1, 6)]
-    found = extractor.forward(items)
+    arrays = extractor.forward(items)
     model = timm.create_model(arch, num_classes=0, in_chans=1, **size).eval()
     model.load_state_dict(load_file(path))
-    for item, array in zip(items, found, strict=True):
+    for item, array in zip(items, arrays, strict=True):
         with torch.no_grad():
             expected = model(torch.from_numpy(item)[:, None]).numpy()
         np.testing.assert_allclose(array, expected, atol=2e-3, rtol=2e-3)

@@ -103,14 +103,14 @@ def test_a_second_view_of_a_picture_keeps_its_proportions(tmp_path: Path) -> Non
 
 def test_ocr_settings_do_not_change_the_image(tmp_path: Path) -> None:
     path = media.write_jpeg(tmp_path / "a.jpg", media.noise(3000, 2200))
-    given = []
+    images = []
     for ocr in ({"enabled": False}, {"max_side": 960}, {"max_side": 2000}):
         features = FeatureSettings.model_validate({"ocr": ocr})
         image = decode_media("image", path, features, DecodeSettings()).image
         assert image is not None
-        given.append(image)
-    assert np.array_equal(given[0], given[1])
-    assert np.array_equal(given[0], given[2])
+        images.append(image)
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
 
 
 @pytest.mark.parametrize("kind", MEDIA_KINDS)

@@ -249,9 +249,9 @@ def test_naflex_sees_all_of_a_picture(checkpoint: Callable[[Make], Path]) -> Non
         with torch.no_grad():
             return np.asarray(pooled(model.get_image_features(**inputs)).numpy())
 
-    [found] = run(extractor, [item])
-    np.testing.assert_allclose(found, reference(patches), atol=3e-3, rtol=3e-3)
-    assert (cosines(found, reference(256)) < cosines(found, reference(patches)) - 1e-6).all()
+    [rows] = run(extractor, [item])
+    np.testing.assert_allclose(rows, reference(patches), atol=3e-3, rtol=3e-3)
+    assert (cosines(rows, reference(256)) < cosines(rows, reference(patches)) - 1e-6).all()
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2 naflex"])
@@ -269,10 +269,10 @@ def test_siglip_texts_are_lower_and_64_long(name: str, checkpoint: Callable[[Mak
     with torch.no_grad():
         model = AutoModel.from_pretrained(path).eval()
         expected = pooled(model.get_text_features(input_ids=tokens["input_ids"])).numpy()
-    found = extractor.embed_texts(texts)
-    assert (cosines(found, expected) > 0.9999).all()
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(extractor.embed_texts(["A  Red, CAT!", "12 dogs run."]), found)
+    vectors = extractor.embed_texts(texts)
+    assert (cosines(vectors, expected) > 0.9999).all()
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(extractor.embed_texts(["A  Red, CAT!", "12 dogs run."]), vectors)
 
 
 def test_clip_texts_do_not_depend_on_their_padding(checkpoint: Callable[[Make], Path]) -> None:
@@ -364,8 +364,8 @@ def test_silence_has_a_vector(checkpoint: Callable[[Make], Path]) -> None:
     for name in tiny_encoders.SOUNDS:
         extractor = FAMILIES[name].build(checkpoint(FAMILIES[name].make), {})
         extractor.load()
-        [found] = run(extractor, [np.zeros_like(FAMILIES[name].items()[0][:1])])
-        assert np.isfinite(found).all()
+        [rows] = run(extractor, [np.zeros_like(FAMILIES[name].items()[0][:1])])
+        assert np.isfinite(rows).all()
 
 
 @pytest.mark.parametrize("name", tiny_encoders.VIDEOS)
@@ -377,12 +377,12 @@ def test_clips_are_whole_runs_of_frames(name: str, checkpoint: Callable[[Make], 
     extractor = clip_extractor(path, {"precision": "fp32"})
     extractor.load()
     [item] = pictures(6)
-    found, backwards, first = run(extractor, [item, item[::-1], item[:4]])
-    assert found.shape == (2, extractor.dim)  # of 4 frames, and of 2 that appear twice each
-    np.testing.assert_array_equal(found[0], first[0])
+    forwards, backwards, first = run(extractor, [item, item[::-1], item[:4]])
+    assert forwards.shape == (2, extractor.dim)  # of 4 frames, and of 2 that appear twice each
+    np.testing.assert_array_equal(forwards[0], first[0])
     [repeated] = run(extractor, [item[[4, 4, 5, 5]]])
-    np.testing.assert_allclose(found[1], repeated[0], atol=1e-3)
-    assert (cosines(found[:1], backwards[:1]) < 0.9999).all()
+    np.testing.assert_allclose(forwards[1], repeated[0], atol=1e-3)
+    assert (cosines(forwards[:1], backwards[:1]) < 0.9999).all()
 
     mean, std = (np.array(tiny_encoders.NORMALISATION[f"image_{key}"]) for key in ("mean", "std"))
     pixels = torch.from_numpy(((item[:4] / 255 - mean) / std).transpose(0, 3, 1, 2)).float()[None]
@@ -390,7 +390,7 @@ def test_clips_are_whole_runs_of_frames(name: str, checkpoint: Callable[[Make], 
     with torch.no_grad():
         expected = model(pixels, **({"skip_predictor": True} if name == "vjepa2" else {}))
     reference = expected.last_hidden_state.mean(1).numpy()
-    np.testing.assert_allclose(found[:1], reference, atol=2e-3, rtol=2e-3)
+    np.testing.assert_allclose(forwards[:1], reference, atol=2e-3, rtol=2e-3)
 
 
 def test_a_suite_builds_the_extractor_of_clips(checkpoint: Callable[[Make], Path]) -> None:
@@ -437,13 +437,13 @@ def test_a_name_of_no_family_of_sound_is_refused() -> None:
 def test_an_omni_encoder_puts_all_into_one_space(checkpoint: Callable[[Make], Path]) -> None:
     """Its picture, sound and text extractors give one text the same vector."""
     path = checkpoint(tiny_encoders.embedding_gemma2)
-    found = []
+    vectors = []
     for name in OMNI:
         extractor = FAMILIES[name].build(path, {"precision": "fp32"})
         extractor.load()
-        found.append(extractor.embed_texts(["a cat", "the quick brown fox"]))
-    for other in found[1:]:
-        assert (cosines(found[0], other) > 0.9999).all()
+        vectors.append(extractor.embed_texts(["a cat", "the quick brown fox"]))
+    for other in vectors[1:]:
+        assert (cosines(vectors[0], other) > 0.9999).all()
 
 
 def test_both_forms_of_features_are_read() -> None:

@@ -50,14 +50,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     features = example()
     path = write_features(tmp_path, features, PRINTS)
     assert path == tmp_path / hashlib.sha256(b"p1").hexdigest()[:2] / "p1.safetensors"
-    found = read_features(tmp_path, "p1", PRINTS)
-    assert found.statuses == features.statuses
-    assert found.failures == features.failures
-    assert found.ocr_text == features.ocr_text
-    assert set(found.arrays) == {"video", "text"}
+    read = read_features(tmp_path, "p1", PRINTS)
+    assert read.statuses == features.statuses
+    assert read.failures == features.failures
+    assert read.ocr_text == features.ocr_text
+    assert set(read.arrays) == {"video", "text"}
     for modality, array in features.arrays.items():
-        assert found.arrays[modality].dtype == np.float16
-        np.testing.assert_array_equal(found.arrays[modality], array)
+        assert read.arrays[modality].dtype == np.float16
+        np.testing.assert_array_equal(read.arrays[modality], array)
     assert read_header(path).fingerprints == PRINTS
     assert load_file(path)["video"].shape == (3, 8)  # plain safetensors for anyone else
 
@@ -80,9 +80,9 @@ def test_both_streams_of_the_video(tmp_path: Path) -> None:
     one = example()
     vector = np.full((1, 16), 0.5, np.float16)
     write_features(tmp_path, replace(one, arrays={"video_lstm": vector, **one.arrays}), PRINTS)
-    found = read_features(tmp_path, "p1", PRINTS)
-    np.testing.assert_array_equal(found.arrays["video_lstm"], vector)
-    assert set(found.statuses) == {"video", "image", "audio", "text", "ocr"}
+    read = read_features(tmp_path, "p1", PRINTS)
+    np.testing.assert_array_equal(read.arrays["video_lstm"], vector)
+    assert set(read.statuses) == {"video", "image", "audio", "text", "ocr"}
     only = read_features(tmp_path, "p1", {"video_lstm": "print-video_lstm"})
     assert set(only.arrays) == {"video_lstm"}
     assert only.statuses == {"video": "ok"}
@@ -117,11 +117,11 @@ def test_files_of_the_format_before_are_read(tmp_path: Path) -> None:
     }
     arrays = {str(stream): array for stream, array in features.arrays.items()}
     save_file(arrays, path, metadata=header)
-    found = read_features(tmp_path, "p1", PRINTS)
-    assert found.statuses == features.statuses
-    assert found.failures == features.failures
-    assert found.ocr_text == features.ocr_text
-    np.testing.assert_array_equal(found.arrays["video"], features.arrays["video"])
+    read = read_features(tmp_path, "p1", PRINTS)
+    assert read.statuses == features.statuses
+    assert read.failures == features.failures
+    assert read.ocr_text == features.ocr_text
+    np.testing.assert_array_equal(read.arrays["video"], features.arrays["video"])
     assert read_header(path).fingerprints == PRINTS
     other = feature_path(tmp_path, "p2")
     other.parent.mkdir()

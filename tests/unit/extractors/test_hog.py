@@ -43,25 +43,25 @@ def one_block(picture: np.ndarray) -> np.ndarray:
 
 def test_gradients_are_those_of_the_paper() -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    found = gradients(torch.from_numpy(pictures)).numpy()
-    for picture, vector in zip(pictures, found, strict=True):
+    vectors = gradients(torch.from_numpy(pictures)).numpy()
+    for picture, vector in zip(pictures, vectors, strict=True):
         np.testing.assert_allclose(vector, one_block(picture), atol=1e-4)
 
 
 def test_colours_are_counted() -> None:
     picture = np.zeros((16, 16, 3), np.uint8)
     picture[:, 4:] = (255, 0, 128)
-    [found] = colours(torch.from_numpy(picture[None])).numpy() ** 2
-    assert found[0] == pytest.approx(0.25)
-    assert found[5 * 36 + 3] == pytest.approx(0.75)
+    [shares] = colours(torch.from_numpy(picture[None])).numpy() ** 2
+    assert shares[0] == pytest.approx(0.25)
+    assert shares[5 * 36 + 3] == pytest.approx(0.75)
 
 
 def test_it_is_an_encoder_of_pictures_without_weights() -> None:
     extractor = loaded(64)
     black = np.zeros((1, 64, 64, 3), np.uint8)
-    [found] = extractor.forward([black])
-    assert found.shape == (1, 7 * 7 * 36 + 216)
-    assert found.sum() == 1  # no gradient, one colour
+    [vectors] = extractor.forward([black])
+    assert vectors.shape == (1, 7 * 7 * 36 + 216)
+    assert vectors.sum() == 1  # no gradient, one colour
     for side in (60, 8, 224):
         with pytest.raises(ConfigError, match=r"features\.image\.image_size: hog takes a multiple"):
             loaded(side)

@@ -23,9 +23,9 @@ class Finder:
         assert np.abs(batch).max() <= 1
         self.sizes.append(batch.shape[2:])
         answer = (batch[:, :1] + 1) / 2
-        found = self.memory[: answer.size].reshape(answer.shape)
-        found[:] = answer
-        return found
+        probabilities = self.memory[: answer.size].reshape(answer.shape)
+        probabilities[:] = answer
+        return probabilities
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -41,10 +41,10 @@ def photo(height: int, width: int) -> np.ndarray:
 
 def test_a_picture_without_text_costs_its_copy() -> None:
     finder = Finder()
-    found = _CoarseFirst(finder)(photo(704, 960))
+    probabilities = _CoarseFirst(finder)(photo(704, 960))
     assert finder.sizes == [(352, 480)]
-    assert found.shape == (1, 1, 704, 960)
-    assert not found.any()
+    assert probabilities.shape == (1, 1, 704, 960)
+    assert not probabilities.any()
 
 
 def test_few_rows_with_a_contrast_are_looked_at_without_the_copy() -> None:
@@ -70,11 +70,11 @@ def test_large_lines_are_taken_from_the_copy() -> None:
     pixels[200:240, 100:600, 0] = pixels[600:640, 100:600, 0] = 255
     pixels[650:658, 100:600, 0] = 255
     finder = Finder()
-    found = _CoarseFirst(finder)(pixels)[0, 0]
+    probabilities = _CoarseFirst(finder)(pixels)[0, 0]
     assert finder.sizes == [(480, 352), (160, 704)]
-    off = np.abs(found - pixels[:, :, 0] / 255)
+    off = np.abs(probabilities - pixels[:, :, 0] / 255)
     assert off[204:236, 104:596].max() == off[576:].max() == 0
-    np.testing.assert_array_equal(found > 0.5, pixels[:, :, 0] > 127)
+    np.testing.assert_array_equal(probabilities > 0.5, pixels[:, :, 0] > 127)
 
 
 @pytest.mark.parametrize("ground", [100, 255])

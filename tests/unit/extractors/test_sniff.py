@@ -48,8 +48,8 @@ def _untagged_mp3(path: Path, rate_hz: int) -> None:
 def test_real_files_are_told_apart(tmp_path: Path, name: str) -> None:
     family, write = MAKERS[name]
     write(tmp_path / name)
-    found: Any = sniff((tmp_path / name).read_bytes()[:4096])
-    assert found.family == family
+    media_type: Any = sniff((tmp_path / name).read_bytes()[:4096])
+    assert media_type.family == family
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,11 @@ def test_a_large_tag_hides_no_cut(tmp_path: Path) -> None:
 def test_sound_that_holds_the_mark_of_a_film(tmp_path: Path) -> None:
     """Four bytes of a frame that look like a program stream's are none without what follows."""
     _untagged_mp3(tmp_path / "a.mp3", 44100)
-    found = sniff(b"\x91end of a frame\0\0\1\xba\x44\x91\x92" + (tmp_path / "a.mp3").read_bytes())
-    assert found is not None
-    assert (found.family, found.start) == ("mp3", 22)
+    media_type = sniff(
+        b"\x91end of a frame\0\0\1\xba\x44\x91\x92" + (tmp_path / "a.mp3").read_bytes()
+    )
+    assert media_type is not None
+    assert (media_type.family, media_type.start) == ("mp3", 22)
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.ogg", "a.m4a", "a.flac", "a.aac", "b.mp3"])

@@ -47,10 +47,10 @@ def test_every_extractor_answers_a_batch_in_order(suite: ExtractorSuite) -> None
         ("audio", [patches, patches[:1]]),
         ("text", ["a cat", "", "two words more"]),
     ):
-        found = suite.run(name, items)  # type: ignore[arg-type]
-        assert len(found) == len(items)
-        assert {array.shape[1] for array in found} == {suite.dims[name]}  # type: ignore[index]
-        assert {array.dtype for array in found} == {np.dtype(np.float16)}
+        arrays = suite.run(name, items)  # type: ignore[arg-type]
+        assert len(arrays) == len(items)
+        assert {array.shape[1] for array in arrays} == {suite.dims[name]}  # type: ignore[index]
+        assert {array.dtype for array in arrays} == {np.dtype(np.float16)}
     assert suite.run("ocr", [(pixels(1)[0],), ()]) == ["", ""]
 
 
@@ -109,8 +109,8 @@ ALL: dict[ExtractorName, str] = {"video": "v", "image": "i", "audio": "a", "text
 def of(mode: Any = "separate", enabled: bool = True, **changes: str) -> dict[str, str]:
     settings = FeatureSettings(ocr_mode=mode, ocr=OcrSettings(enabled=enabled))
     names: Any = {**ALL, **changes}
-    found = stream_fingerprints(settings, names)
-    return {str(key): value for key, value in found.items()}
+    fingerprints = stream_fingerprints(settings, names)
+    return {str(key): value for key, value in fingerprints.items()}
 
 
 def test_separate_gives_ocr_a_fingerprint_of_its_own() -> None:
@@ -203,9 +203,9 @@ def test_casting_weights_once_changes_no_number() -> None:
 
 def test_float16_is_clamped_not_overflown() -> None:
     """Large values stay finite; NaN stays visible."""
-    found = to_float16(torch.tensor([1e9, -1e9, 1.5, float("nan")]))
-    assert found.tolist()[:3] == [65504.0, -65504.0, 1.5]
-    assert torch.isnan(found[3])
+    clamped = to_float16(torch.tensor([1e9, -1e9, 1.5, float("nan")]))
+    assert clamped.tolist()[:3] == [65504.0, -65504.0, 1.5]
+    assert torch.isnan(clamped[3])
 
 
 def test_a_device_that_is_not_there_is_named() -> None:

@@ -45,13 +45,13 @@ def test_features_are_those_of_transformers(bert: Path) -> None:
     """Each text's features equal a direct call of transformers on that text alone, float32."""
     extractor = loaded(weights=str(bert), precision="fp32", batch_size=3)
     model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
-    for text, found in zip(TEXTS, run(extractor, *TEXTS), strict=True):
+    for text, array in zip(TEXTS, run(extractor, *TEXTS), strict=True):
         inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)
         with torch.no_grad():
             expected = model(**inputs).last_hidden_state[0].numpy()
-        assert found.dtype == np.float16
-        assert found.shape == expected.shape
-        np.testing.assert_allclose(found, expected, atol=2e-3, rtol=1e-3)
+        assert array.dtype == np.float16
+        assert array.shape == expected.shape
+        np.testing.assert_allclose(array, expected, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,10 @@ def test_on_a_cpu_texts_of_one_width_share_a_batch(monkeypatch: pytest.MonkeyPat
 def test_empty_and_odd_texts(bert: Path) -> None:
     """Text without a token gives no rows; lone surrogates and control characters are no crash."""
     extractor = loaded(weights=str(bert))
-    found = run(extractor, "", "  \n\t", "\x00\x07", "cat \ud83d dog", "a")
-    assert [len(array) for array in found[:3]] == [0, 0, 0]
-    assert all(array.shape[1] == 128 for array in found)
-    assert len(found[3]) > 4
+    arrays = run(extractor, "", "  \n\t", "\x00\x07", "cat \ud83d dog", "a")
+    assert [len(array) for array in arrays[:3]] == [0, 0, 0]
+    assert all(array.shape[1] == 128 for array in arrays)
+    assert len(arrays[3]) > 4
     assert run(extractor) == []
     with pytest.raises(FeatureError, match="must be text"):
         extractor.preprocess(b"bytes")

@@ -63,9 +63,9 @@ def test_centre_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_short_clips_give_each_frame_once(tmp_path: Path, count: int) -> None:
-    found = greys(media.write_video(tmp_path / "a.mp4", media.grey_steps(count), 25))
-    assert len(found) == count
-    assert found == sorted(set(found))
+    shades = greys(media.write_video(tmp_path / "a.mp4", media.grey_steps(count), 25))
+    assert len(shades) == count
+    assert shades == sorted(set(shades))
 
 
 def test_variable_frame_rate(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_key_frames_only(tmp_path: Path) -> None:
         tmp_path / "a.mp4", steps, 25, gop=12, options={"crf": "1", "sc_threshold": "0"}
     )
     keys = [int(steps[i][0, 0, 0]) for i in range(0, 96, 12)]
-    found = greys(path, 16, decode="keyframes")
-    assert len(found) == len(keys)
-    assert np.abs(np.array(found) - keys).max() <= 2
+    shades = greys(path, 16, decode="keyframes")
+    assert len(shades) == len(keys)
+    assert np.abs(np.array(shades) - keys).max() <= 2
     assert len(greys(path, 3, decode="keyframes")) == 3
 
 
@@ -138,11 +138,11 @@ def test_large_key_frames_stay_blocks(tmp_path: Path, mode: str, size: int, apar
         gop=10,
         options={"crf": "30", "preset": "veryfast"},
     )
-    found: Any = decode(path, settings(4, size, decode=mode)).frames
+    frames: Any = decode(path, settings(4, size, decode=mode)).frames
     scale = FrameScaler(lambda width, height: (size, size))
     with av.open(str(path)) as film:
         whole = [scale(frame) for frame in film.decode(video=0)][::10]
-    difference = np.abs(found.astype(int) - np.stack(whole))
+    difference = np.abs(frames.astype(int) - np.stack(whole))
     assert difference.mean() <= apart
     assert difference.any() == (apart > 0)
 

@@ -49,15 +49,15 @@ def sigmoid(x: Any) -> Any:
 def numpy_direction(w: dict[str, Any], x: Any, ending: str) -> Any:
     """One direction, frame by frame; gates in torch's order: input, forget, cell, output."""
     size = w[f"lstm.weight_hh_l0{ending}"].shape[1]
-    state, cell, found = np.zeros(size), np.zeros(size), []
+    state, cell, states = np.zeros(size), np.zeros(size), []
     for row in x:
         gates = w[f"lstm.weight_ih_l0{ending}"] @ row + w[f"lstm.bias_ih_l0{ending}"]
         gates = gates + w[f"lstm.weight_hh_l0{ending}"] @ state + w[f"lstm.bias_hh_l0{ending}"]
         i, f, g, o = np.split(gates, 4)
         cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
         state = sigmoid(o) * np.tanh(cell)
-        found.append(state)
-    return np.stack(found)
+        states.append(state)
+    return np.stack(states)
 
 
 def numpy_lstm(w: dict[str, Any], frames: Any) -> Any:
@@ -84,14 +84,14 @@ def test_vectors_are_those_of_numpy() -> None:
     chance = np.random.default_rng(3)
     videos = [chance.normal(0, 2, (n, DIM)).astype(np.float16) for n in (12, 1, 7, 12)]
     lstm = loaded()
-    found = lstm.vectors(videos)
+    vectors = lstm.vectors(videos)
     weights = {k: v.double().numpy() for k, v in lstm.model.state_dict().items()}
-    for video, vector in zip(videos, found, strict=True):
+    for video, vector in zip(videos, vectors, strict=True):
         assert vector.shape == (1, SIZES["width"])
         assert vector.dtype == np.float16
-        wanted = numpy_lstm(weights, video.astype(np.float64))
-        np.testing.assert_allclose(vector[0], wanted, atol=1e-3)
-        assert np.abs(wanted).max() > 0.01
+        expected = numpy_lstm(weights, video.astype(np.float64))
+        np.testing.assert_allclose(vector[0], expected, atol=1e-3)
+        assert np.abs(expected).max() > 0.01
 
 
 def test_the_published_sizes_are_the_defaults() -> None:
@@ -139,8 +139,8 @@ def test_what_is_not_finite_is_refused() -> None:
 def test_a_video_gives_rows_and_a_vector() -> None:
     suite = ExtractorSuite(tiny_features(video=settings()), names=("video",))
     suite.load()
-    [found] = suite.run("video", [pixels(6)])
-    assert {stream: array.shape for stream, array in found.items()} == {
+    [streams] = suite.run("video", [pixels(6)])
+    assert {stream: array.shape for stream, array in streams.items()} == {
         "video": (6, DIM),
         "video_lstm": (1, 7),
     }
@@ -148,8 +148,8 @@ def test_a_video_gives_rows_and_a_vector() -> None:
     assert set(suite.fingerprints) == {"video", "video_lstm"}
     plain = VideoExtractor(settings(lstm={"weights": None}))
     plain.load()
-    np.testing.assert_array_equal(plain.forward([pixels(6)])[0], found["video"])
-    np.testing.assert_array_equal(loaded().vectors([found["video"]])[0], found["video_lstm"])
+    np.testing.assert_array_equal(plain.forward([pixels(6)])[0], streams["video"])
+    np.testing.assert_array_equal(loaded().vectors([streams["video"]])[0], streams["video_lstm"])
 
 
 def test_short_clips_repeat_their_frames() -> None:
@@ -159,13 +159,13 @@ def test_short_clips_repeat_their_frames() -> None:
     once = VideoExtractor(settings(short_clips="once", lstm={"weights": None}))
     once.load()
     clips = [pixels(count) for count in (0, 1, 2, 4, 5, 6)]
-    for count, found, rows in zip(
+    for count, streams, rows in zip(
         (0, 1, 2, 4, 5, 6), extractor.forward(clips), once.forward(clips), strict=True
     ):
         assert rows.shape == (count, DIM)
         centres = [int(np.floor((k + 0.5) / 6 * count)) for k in range(6)] if count else []
-        np.testing.assert_allclose(found["video"], rows[centres], atol=1e-3)
-        assert found["video_lstm"].shape == (min(count, 1), 7)
+        np.testing.assert_allclose(streams["video"], rows[centres], atol=1e-3)
+        assert streams["video_lstm"].shape == (min(count, 1), 7)
 
 
 def test_overflow_is_clamped_to_float16(tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_overflow_is_clamped_to_float16(tmp_path: Path) -> None:
     save_file(state, path)
     extractor = VideoExtractor(settings(weights=str(path)))
     extractor.load()
-    [found] = extractor.forward([pixels(6)])
-    assert np.abs(found["video"]).max() == np.finfo(np.float16).max
-    assert np.isfinite(found["video"]).all()
-    assert np.isfinite(found["video_lstm"]).all()
+    [streams] = extractor.forward([pixels(6)])
+    assert np.abs(streams["video"]).max() == np.finfo(np.float16).max
+    assert np.isfinite(streams["video"]).all()
+    assert np.isfinite(streams["video_lstm"]).all()
 
 
 def test_fingerprints_tell_what_a_stream_was_made_with() -> None:
@@ -194,9 +194,9 @@ def test_fingerprints_tell_what_a_stream_was_made_with() -> None:
 
     rows, vector = prints()
     for lstm in ({"weights": "random:3"}, {"join": 10, "weights": "random:2"}):
-        found = prints(lstm={**SIZES, **lstm})
-        assert found[0] == rows
-        assert found[1] != vector
+        changed = prints(lstm={**SIZES, **lstm})
+        assert changed[0] == rows
+        assert changed[1] != vector
     assert prints(lstm={"weights": None}, decode="accurate") == (rows, "")
     for changes in ({"weights": "random:9"}, {"short_clips": "once"}):
         other = prints(**changes)
@@ -227,8 +227,8 @@ def index_of(count: int) -> PacketIndex:
 @pytest.mark.parametrize(("total", "count"), [(300, 300), (1000, 300), (31, 8), (9, 3)])
 def test_test_sampling_is_the_centre_of_each_segment(total: int, count: int) -> None:
     """TSN in test: frame floor((k + 0.5) * N / S)."""
-    wanted = [int(np.floor((k + 0.5) * total / count)) for k in range(count)]
-    assert index_of(total).choose(count) == wanted
+    centres = [int(np.floor((k + 0.5) * total / count)) for k in range(count)]
+    assert index_of(total).choose(count) == centres
 
 
 def test_training_sampling_is_one_frame_of_each_segment() -> None:
@@ -248,9 +248,9 @@ def test_frames_are_read_without_the_sound(tmp_path: Path) -> None:
     """`read_frames` gives grey levels of the right frames; a file of sound is refused."""
     steps = media.grey_steps(12)
     path = media.write_video(tmp_path / "v.mp4", steps, audio=media.tone(duration_s=0.4))
-    found = read_frames(path, choice=FrameChoice(3), side=16, limits=LIMITS)
-    wanted = [steps[i].mean() for i in (2, 6, 10)]
-    np.testing.assert_allclose(found.mean(axis=(1, 2, 3)), wanted, atol=3)
+    frames = read_frames(path, choice=FrameChoice(3), side=16, limits=LIMITS)
+    greys = [steps[i].mean() for i in (2, 6, 10)]
+    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), greys, atol=3)
     one = media.write_video(tmp_path / "one.mp4", steps[:1])
     assert read_frames(one, choice=FrameChoice(3), side=16, limits=LIMITS).shape == (1, 16, 16, 3)
     sound = media.write_wav(tmp_path / "s.wav", media.tone(duration_s=1))

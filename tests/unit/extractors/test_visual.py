@@ -52,10 +52,10 @@ def test_features_are_those_of_timm(tmp_path: Path, arch: str, size: int) -> Non
     inputs = torch.from_numpy(((items / 255.0 - mean) / std).transpose(0, 3, 1, 2)).float()
     with torch.no_grad():
         expected = model(inputs).numpy()
-    (found,) = extractor.forward([extractor.preprocess(items)])
-    assert found.dtype == np.float16
-    assert found.shape == (3, extractor.dim)
-    np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)
+    (vectors,) = extractor.forward([extractor.preprocess(items)])
+    assert vectors.dtype == np.float16
+    assert vectors.shape == (3, extractor.dim)
+    np.testing.assert_allclose(vectors, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_two_views_of_a_picture_are_one_vector() -> None:
@@ -63,9 +63,9 @@ def test_two_views_of_a_picture_are_one_vector() -> None:
     arguments: dict[str, object] = {"arch": TINY_CNN, "weights": "random:1", "image_size": 64}
     one, both = (loaded(**arguments, padded=padded) for padded in (False, True))
     views = [pictures(2 * count, 64, seed=count) for count in (1, 3)]
-    for found, rows in zip(both.forward(views), one.forward(views), strict=True):
-        assert found.dtype == np.float16
-        np.testing.assert_allclose(found, (rows[::2] + rows[1::2]) / 2, atol=2e-3)
+    for means, rows in zip(both.forward(views), one.forward(views), strict=True):
+        assert means.dtype == np.float16
+        np.testing.assert_allclose(means, (rows[::2] + rows[1::2]) / 2, atol=2e-3)
     assert one.fingerprint != both.fingerprint
     assert "padded" not in one.fingerprint
 
@@ -176,9 +176,9 @@ def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
     model, extractor = with_backbone(SmallDevice, batch_size=8)
     sizes.clear()
     items = [pictures(5, 32), pictures(5, 32, seed=1)]
-    found = extractor.forward(items)
+    vectors = extractor.forward(items)
     assert sizes == [8, 4, 2, 2, 2, 2, 2]
-    np.testing.assert_allclose(found[1][:2], model.run(items[1][:2]), atol=1e-3)
+    np.testing.assert_allclose(vectors[1][:2], model.run(items[1][:2]), atol=1e-3)
     model.most = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         extractor.forward(items)
@@ -209,9 +209,9 @@ def test_a_batch_begins_before_the_result_of_the_last_one_is_waited_for() -> Non
     model, extractor = with_backbone(LateDevice, batch_size=4)
     events.clear()
     items = [pictures(5, 32), pictures(6, 32, seed=1)]
-    found = extractor.forward(items)
+    vectors = extractor.forward(items)
     assert events == ["begin 4", "begin 4", "wait 4", "begin 3", "wait 4", "wait 3"]
-    for rows, item in zip(found, items, strict=True):
+    for rows, item in zip(vectors, items, strict=True):
         np.testing.assert_allclose(rows, model.run(item), atol=1e-3)
 
 

@@ -74,8 +74,8 @@ def test_consensus_is_the_mean_over_segments_and_the_best_over_media() -> None:
     batch = collate_media(samples)
     assert batch.masks[STREAM].tolist() == [[True, True], [True, False]]
     with torch.inference_mode():
-        found = tagger(batch).numpy()
-        for post, clip in zip(found, clips, strict=True):
+        logits = tagger(batch).numpy()
+        for post, clip in zip(logits, clips, strict=True):
             of_clips = []
             for frames in clip:
                 pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
@@ -88,8 +88,8 @@ def test_the_best_of_nothing_is_the_bias() -> None:
     """A post without media takes the given scores, the others the maximum of theirs."""
     scores = torch.tensor([[1.0, -2.0], [0.0, 5.0], [3.0, 3.0]])
     mask = torch.tensor([[True, True], [False, False], [True, False]])
-    found = best_of_post(scores, mask, torch.tensor([-7.0, -8.0]))
-    assert found.tolist() == [[1.0, 5.0], [-7.0, -8.0], [3.0, 3.0]]
+    best = best_of_post(scores, mask, torch.tensor([-7.0, -8.0]))
+    assert best.tolist() == [[1.0, 5.0], [-7.0, -8.0], [3.0, 3.0]]
 
 
 def test_what_is_drawn_depends_on_the_batch_alone(posts: Path) -> None:
@@ -114,8 +114,8 @@ def test_pictures_are_mirrored_and_cut_only_where_asked() -> None:
 
     def steps(**options: Any) -> np.ndarray:
         chance = np.random.default_rng(3)
-        found = [augment(ramp, "picture", chance, **options) for _ in range(40)]
-        middle = np.stack([f[16, 4:28, 0].astype(float) for f in found])
+        pictures = [augment(ramp, "picture", chance, **options) for _ in range(40)]
+        middle = np.stack([f[16, 4:28, 0].astype(float) for f in pictures])
         return np.asarray(middle[:, -1] - middle[:, 0])
 
     plain = steps()
@@ -139,10 +139,10 @@ def test_media_of_one_post_are_limited() -> None:
     assert build()[0].arrays[STREAM][:, 0, 0, 0, 0].tolist() == [1, 5, 8]
     seen: set[int] = set()
     for seed in range(30):
-        found = build(seed=seed)[0].arrays[STREAM][:, 0, 0, 0, 0].tolist()
-        assert found == sorted(set(found))
-        assert len(found) == 3
-        seen.update(found)
+        chosen = build(seed=seed)[0].arrays[STREAM][:, 0, 0, 0, 0].tolist()
+        assert chosen == sorted(set(chosen))
+        assert len(chosen) == 3
+        seen.update(chosen)
     assert seen == set(range(10))
 
 
@@ -198,10 +198,10 @@ def test_a_post_has_the_scores_of_its_best_video() -> None:
     videos = torch.randn(3, 6, DIM)
     tokens = torch.stack([torch.stack([videos[0], videos[1]]), torch.stack([videos[2], videos[0]])])
     mask = torch.tensor([[True, True], [True, False]])
-    found = tagger(Batch(("a", "b"), {STREAM: tokens}, {STREAM: mask}))
+    logits = tagger(Batch(("a", "b"), {STREAM: tokens}, {STREAM: mask}))
     scores = tagger.classify(tagger.lstm(videos))  # (videos, classes)
-    torch.testing.assert_close(found[0], scores[:2].amax(dim=0))
-    torch.testing.assert_close(found[1], scores[2])
+    torch.testing.assert_close(logits[0], scores[:2].amax(dim=0))
+    torch.testing.assert_close(logits[1], scores[2])
 
 
 def test_a_post_without_video_has_the_scores_of_the_frequencies() -> None:
@@ -209,5 +209,5 @@ def test_a_post_without_video_has_the_scores_of_the_frequencies() -> None:
     tagger = LstmTagger(DIM, SIZES, 2).eval()
     tagger.start_at(torch.tensor([0.5, 0.1]))
     tokens = torch.randn(2, 1, 6, DIM)
-    found = tagger(Batch(("a", "b"), {STREAM: tokens}, {STREAM: torch.tensor([[True], [False]])}))
-    torch.testing.assert_close(found[1].sigmoid(), torch.tensor([0.5, 0.1]))
+    logits = tagger(Batch(("a", "b"), {STREAM: tokens}, {STREAM: torch.tensor([[True], [False]])}))
+    torch.testing.assert_close(logits[1].sigmoid(), torch.tensor([0.5, 0.1]))

@@ -33,16 +33,16 @@ def write(folder: Path, seed: int = 0, **changes: Any) -> str:
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     thresholds = np.linspace(0.1, 0.9, support.CLASSES).astype(np.float32)
     version = write(tmp_path / "b", thresholds=thresholds)
-    found = bundle.load_bundle(tmp_path / "b")
+    loaded = bundle.load_bundle(tmp_path / "b")
     torch.manual_seed(0)
-    wanted = support.model("token_transformer").state_dict()
-    for key, value in found.model.state_dict().items():
-        torch.testing.assert_close(value, wanted[key], rtol=0, atol=0)
-    assert (found.name, found.version) == ("small", version)
-    assert found.labels == support.LABELS
-    assert found.manifest == support.manifest()
-    assert found.metrics == {"gap": 0.9}
-    np.testing.assert_allclose(found.thresholds, thresholds, atol=1e-6)
+    state = support.model("token_transformer").state_dict()
+    for key, value in loaded.model.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=0)
+    assert (loaded.name, loaded.version) == ("small", version)
+    assert loaded.labels == support.LABELS
+    assert loaded.manifest == support.manifest()
+    assert loaded.metrics == {"gap": 0.9}
+    np.testing.assert_allclose(loaded.thresholds, thresholds, atol=1e-6)
     np.testing.assert_allclose(thresholds_of(tmp_path / "b", version), thresholds, atol=1e-6)
     assert thresholds_of(tmp_path / "b", "20250101T000000Z-00000000") == ()
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
@@ -126,7 +126,7 @@ def test_a_bundle_that_cannot_be_read_now_is_not_broken(tmp_path: Path) -> None:
 def test_bundles_of_before_still_load(tmp_path: Path) -> None:
     """Without the keys that came later: one model, no calibration, the sections that there were."""
     write(tmp_path / "b", subsets={"text": 0.5})
-    wanted = Inferer.load(tmp_path / "b").predict([support.features()])[0].scores
+    scores = Inferer.load(tmp_path / "b").predict([support.features()])[0].scores
     assert bundle.load_bundle(tmp_path / "b").subsets == {"text": 0.5}
     path = tmp_path / "b" / "bundle.yaml"
     content = yaml.safe_load(path.read_text())
@@ -136,9 +136,9 @@ def test_bundles_of_before_still_load(tmp_path: Path) -> None:
     content["model"] = {key: content["model"][key] for key in sections}
     content["model"]["concat_se"] = {"modality_width": 16, "width": 32, "dropout": 0.1}
     path.write_text(yaml.safe_dump(content))
-    found = bundle.load_bundle(tmp_path / "b")
-    assert (len(found.members), found.subsets, found.calibration) == (1, {}, None)
-    np.testing.assert_array_equal(Inferer(found).predict([support.features()])[0].scores, wanted)
+    loaded = bundle.load_bundle(tmp_path / "b")
+    assert (len(loaded.members), loaded.subsets, loaded.calibration) == (1, {}, None)
+    np.testing.assert_array_equal(Inferer(loaded).predict([support.features()])[0].scores, scores)
 
 
 def test_versions_sort_by_time_and_end_in_the_weights(tmp_path: Path) -> None:
@@ -257,8 +257,8 @@ def chooser(rules: dict[str, Any]) -> TagChooser:
 )
 def test_rules_choose_the_tags(rules: dict[str, Any], tags: list[tuple[int | str, float]]) -> None:
     """Thresholds first, then at least and at most so many; two tags that are one keep the best."""
-    found, _ = chooser(rules).choose(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
-    assert [(tag.id, tag.score) for tag in found] == tags
+    chosen, _ = chooser(rules).choose(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
+    assert [(tag.id, tag.score) for tag in chosen] == tags
 
 
 @pytest.mark.parametrize(
@@ -277,8 +277,8 @@ def test_near_misses_are_the_nearest_to_their_thresholds(
     rules: dict[str, Any], near: list[tuple[int | str, float, Any]]
 ) -> None:
     """Of a tag that stands for several, the one that is nearest; none below half its threshold."""
-    _, found = chooser(rules).choose(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
-    assert [(each.id, each.score, pytest.approx(each.threshold)) for each in found] == near
+    _, misses = chooser(rules).choose(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
+    assert [(each.id, each.score, pytest.approx(each.threshold)) for each in misses] == near
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
@@ -297,8 +297,8 @@ def test_an_ensemble_is_the_mean_of_its_members(averaging: Averaging, tmp_path: 
     """Served from one bundle it equals the members, each served alone and averaged by hand."""
     members = [member(seed) for seed in range(3)]
     version = write(tmp_path / "all", model=Ensemble(members, averaging))
-    found = sorted(str(p.relative_to(tmp_path / "all")) for p in (tmp_path / "all").rglob("*.*"))
-    assert found == [
+    files = sorted(str(p.relative_to(tmp_path / "all")) for p in (tmp_path / "all").rglob("*.*"))
+    assert files == [
         "bundle.yaml",
         "labels.json",
         "members/1.safetensors",
@@ -311,11 +311,11 @@ def test_an_ensemble_is_the_mean_of_its_members(averaging: Averaging, tmp_path: 
         write(tmp_path / str(i), model=one)
         each.append(Inferer.load(tmp_path / str(i)).scores(features).astype(np.float64))
     if averaging == "probabilities":
-        wanted = np.mean(each, axis=0)
+        expected = np.mean(each, axis=0)
     else:
-        wanted = 1 / (1 + np.exp(-np.mean([np.log(s / (1 - s)) for s in each], axis=0)))
+        expected = 1 / (1 + np.exp(-np.mean([np.log(s / (1 - s)) for s in each], axis=0)))
     inferer = Inferer.load(tmp_path / "all")
-    np.testing.assert_allclose(inferer.scores(features), wanted, atol=2e-6)
+    np.testing.assert_allclose(inferer.scores(features), expected, atol=2e-6)
     assert np.abs(each[0] - each[1]).max() > 1e-3
     assert inferer.version == version
     assert len(bundle.load_bundle(tmp_path / "all").members) == 3
@@ -324,12 +324,12 @@ def test_an_ensemble_is_the_mean_of_its_members(averaging: Averaging, tmp_path: 
 def test_sure_members_do_not_tie() -> None:
     """Probabilities that float32 rounds to 1 keep their order in the ensemble's logits."""
     logits = torch.tensor([[40.0, 50.0, -60.0], [30.0, 60.0, -70.0]])  # (members, tags)
-    found = averaged(logits, "probabilities")
-    assert torch.isfinite(found).all()
-    assert found[1] > found[0] > 0 > found[2]
+    mean = averaged(logits, "probabilities")
+    assert torch.isfinite(mean).all()
+    assert mean[1] > mean[0] > 0 > mean[2]
     p = torch.sigmoid(torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64))
-    wanted = torch.logit(p.mean(dim=0))
-    torch.testing.assert_close(averaged(torch.logit(p), "probabilities"), wanted)
+    expected = torch.logit(p.mean(dim=0))
+    torch.testing.assert_close(averaged(torch.logit(p), "probabilities"), expected)
 
 
 def test_the_version_knows_every_member(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def cross_entropy(temperature: float, scores: Any, truth: Any) -> float:
 def test_the_temperature_has_the_least_cross_entropy(factor: float) -> None:
     """As scipy's minimiser finds it, near the factor that the logits were spoilt by."""
     scores, truth = overconfident(factor=factor)
-    found = fit_temperature(scores, truth)
+    temperature = fit_temperature(scores, truth)
     best = minimize_scalar(
         cross_entropy,
         bounds=(0.02, 50),
@@ -54,19 +54,19 @@ def test_the_temperature_has_the_least_cross_entropy(factor: float) -> None:
         method="bounded",
         options={"xatol": 1e-7},
     )
-    assert found == pytest.approx(best.x, rel=1e-4)
-    assert found == pytest.approx(factor, rel=0.05)
-    assert cross_entropy(found, scores, truth) <= best.fun + 1e-9
+    assert temperature == pytest.approx(best.x, rel=1e-4)
+    assert temperature == pytest.approx(factor, rel=0.05)
+    assert cross_entropy(temperature, scores, truth) <= best.fun + 1e-9
 
 
 def test_a_temperature_keeps_the_order_and_the_middle() -> None:
     given_scores = np.array([0.0, 1e-30, 0.2, 0.5, 0.8, 1.0], np.float32)
-    found = Temperature(temperature=3).apply(given_scores)
-    assert (np.diff(found) >= 0).all()
-    assert found[3] == 0.5
+    applied = Temperature(temperature=3).apply(given_scores)
+    assert (np.diff(applied) >= 0).all()
+    assert applied[3] == 0.5
     logit = np.log(0.8 / 0.2) / 3
-    assert found[4] == pytest.approx(1 / (1 + np.exp(-logit)))
-    assert np.isfinite(found).all()
+    assert applied[4] == pytest.approx(1 / (1 + np.exp(-logit)))
+    assert np.isfinite(applied).all()
     same = Temperature(temperature=1).apply(given_scores)
     np.testing.assert_allclose(same, given_scores, rtol=1e-6, atol=1e-11)
 
@@ -82,10 +82,10 @@ def test_isotonic_equals_sklearn_on_what_it_was_fitted_to_and_beside_it() -> Non
     for size in (1, 2, 30, 400, 20_000):
         scores = chance.random((size, 3)).round(2 if size == 30 else 9)  # many ties at 30
         truth = chance.random(scores.shape) < scores**2
-        wanted = IsotonicRegression(out_of_bounds="clip").fit(scores.ravel(), truth.ravel())
-        found = fit_isotonic(scores, truth)
+        theirs = IsotonicRegression(out_of_bounds="clip").fit(scores.ravel(), truth.ravel())
+        ours = fit_isotonic(scores, truth)
         for at in (scores.ravel(), np.linspace(0, 1, 500)):
-            np.testing.assert_allclose(found.apply(at), wanted.predict(at), atol=2e-6)
+            np.testing.assert_allclose(ours.apply(at), theirs.predict(at), atol=2e-6)
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=40))
@@ -93,17 +93,17 @@ def test_isotonic_equals_sklearn_on_anything(pairs: list[tuple[int, bool]]) -> N
     """Runs of ties, all true, all false, one post."""
     scores = np.array([s / 12 for s, _ in pairs])
     truth = np.array([t for _, t in pairs])
-    wanted = IsotonicRegression(out_of_bounds="clip").fit(scores, truth).predict(scores)
-    np.testing.assert_allclose(fit_isotonic(scores, truth).apply(scores), wanted, atol=1e-6)
+    theirs = IsotonicRegression(out_of_bounds="clip").fit(scores, truth).predict(scores)
+    np.testing.assert_allclose(fit_isotonic(scores, truth).apply(scores), theirs, atol=1e-6)
 
 
 def test_isotonic_of_many_blocks_is_thinned_and_stays_near() -> None:
     """A bundle does not hold ten thousand knots; what is left is within a thousandth."""
     scores = np.linspace(0, 1, 20_000)
     truth = scores**2  # rising targets: every level is a block
-    found = fit_isotonic(scores, truth)
-    assert len(found.scores) == 1000
-    np.testing.assert_allclose(found.apply(scores), truth, atol=1e-3)
+    isotonic = fit_isotonic(scores, truth)
+    assert len(isotonic.scores) == 1000
+    np.testing.assert_allclose(isotonic.apply(scores), truth, atol=1e-3)
 
 
 def test_calibration_makes_scores_as_often_right_as_they_say() -> None:
@@ -118,8 +118,8 @@ def test_calibration_makes_scores_as_often_right_as_they_say() -> None:
 
     before = error(scores[check])
     for name in ("temperature", "isotonic"):
-        found = fit_calibration(name, scores[fit], truth[fit])
-        assert error(calibrated(found, scores[check])) < before / 5, name
+        calibration = fit_calibration(name, scores[fit], truth[fit])
+        assert error(calibrated(calibration, scores[check])) < before / 5, name
     assert fit_calibration("none", scores, truth) is None
     np.testing.assert_array_equal(calibrated(None, scores), scores)
 
@@ -132,12 +132,12 @@ def test_a_precision_threshold_is_the_lowest_that_gives_it() -> None:
     chance = np.random.default_rng(0)
     for _ in range(40):
         scores, truth = chance.random(50).round(2), chance.random(50) < 0.5
-        found = precision_threshold(scores, truth, 0.7)
+        threshold = precision_threshold(scores, truth, 0.7)
         tried = [t for t in np.unique(scores) if t > 0.05 and truth[scores >= t].mean() >= 0.7]
         if not tried:
-            assert found == 1.0
+            assert threshold == 1.0
             continue
-        given_tags = scores >= found
+        given_tags = scores >= threshold
         assert truth[given_tags].mean() >= 0.7
         # Below 0.05 no threshold lies; midway points may fall on either side of it.
         assert given_tags.sum() >= (scores >= min(tried)).sum() - (scores < 0.06).sum()
@@ -200,9 +200,9 @@ def test_scores_that_are_all_equal(score: float) -> None:
     """Nothing can be parted: F1 gives all or nothing, a precision only where all are right."""
     scores = np.full(8, score)
     half, every = np.arange(8) % 2, np.ones(8, int)
-    found = best_f1_threshold(scores, half)
-    assert 0.05 <= found <= 0.95
-    assert (found <= score) == (score >= 0.05), "given to all where it can be told from nothing"
+    threshold = best_f1_threshold(scores, half)
+    assert 0.05 <= threshold <= 0.95
+    assert (threshold <= score) == (score >= 0.05), "given to all where it can be told from nothing"
     assert precision_threshold(scores, half, 0.9) == 1.0
     if score >= 0.1:
         assert precision_threshold(scores, every, 0.9) <= score
@@ -215,11 +215,11 @@ def test_calibration_of_what_says_nothing(kind: str, truth: int, score: float) -
     """One score, one truth: the map is finite, stays in [0, 1], and goes the right way."""
     scores, targets = np.full((6, 2), score), np.full((6, 2), truth)
     calibration: Any = fit_calibration(kind, scores, targets)  # type: ignore[arg-type]
-    found = calibration.apply(np.array([0.0, 0.2, score, 0.9, 1.0]))
-    assert np.isfinite(found).all()
-    assert ((found >= 0) & (found <= 1)).all()
+    scored = calibration.apply(np.array([0.0, 0.2, score, 0.9, 1.0]))
+    assert np.isfinite(scored).all()
+    assert ((scored >= 0) & (scored <= 1)).all()
     if kind == "isotonic":
-        np.testing.assert_array_equal(found, np.full(5, truth, np.float32))
+        np.testing.assert_array_equal(scored, np.full(5, truth, np.float32))
 
 
 @pytest.mark.parametrize("precision", [None, 0.9])
@@ -240,9 +240,9 @@ def test_a_threshold_lies_between_what_it_parts() -> None:
     chance = np.random.default_rng(0)
     for _ in range(20):
         scores, targets = chance.random(40), chance.random(40) < 0.4
-        found = best_f1_threshold(scores, targets)
+        threshold = best_f1_threshold(scores, targets)
         tried = [metrics.f1_scores(scores[:, None], targets[:, None], t).micro for t in scores]
-        here = metrics.f1_scores(scores[:, None], targets[:, None], found).micro
-        assert here >= max(tried) - 1e-12 or found in (0.05, 0.95)
+        here = metrics.f1_scores(scores[:, None], targets[:, None], threshold).micro
+        assert here >= max(tried) - 1e-12 or threshold in (0.05, 0.95)
     assert best_f1_threshold([0.9, 0.8, 0.3, 0.2], [1, 1, 0, 0]) == pytest.approx(0.55)
     assert best_f1_threshold([0.9, 0.8], [0, 0]) == 0.5

@@ -60,8 +60,8 @@ def test_no_command_executes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (folder / "train.yaml").write_text(support.train_settings(folder).model_dump_json())
     support.write_posts(folder, "train", 8, 1)
     support.write_posts(folder, "valid", 8, 2)
-    given = ["--model_config", str(folder / "train.yaml"), "--resume", str(folder / "bomb.pth")]
-    assert train_net.main(given) == 2
+    options = ["--model_config", str(folder / "train.yaml"), "--resume", str(folder / "bomb.pth")]
+    assert train_net.main(options) == 2
     assert "set trainer.allow_pickle: true" in capsys.readouterr().err
     assert not (folder / "written").exists()
 
@@ -81,9 +81,9 @@ def test_no_command_executes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_wrappers_are_taken_off(wrap: Any, tmp_path: Path) -> None:
     state = {"a.weight": torch.arange(4.0), "b": torch.ones(2, 2)}
     torch.save(wrap(state), tmp_path / "w.pth")
-    found = load_weights(tmp_path / "w.pth")
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[key], state[key]) for key in state)
+    loaded = load_weights(tmp_path / "w.pth")
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
 def test_one_module_called_module_keeps_its_name(tmp_path: Path) -> None:
@@ -99,16 +99,16 @@ def test_a_whole_model_is_read_if_told(tmp_path: Path, capsys: pytest.CaptureFix
     rig.write_bundle(folder / "best", seed=5)
     model = load_bundle(folder / "best").model
     output = folder / "t.jsonl"
-    given = ["--best_model", str(folder / "best"), "--output", str(output)]
-    assert rig.infer(folder, *given) == 0
-    wanted = [line["scores"] for line in rig.lines(output)]
+    options = ["--best_model", str(folder / "best"), "--output", str(output)]
+    assert rig.infer(folder, *options) == 0
+    scores = [line["scores"] for line in rig.lines(output)]
     for whole in (model, torch.nn.DataParallel(model), {"model": model}):
         torch.save(whole, folder / "whole.pth")
-        given = ["--best_model", str(folder / "whole.pth"), "--output", str(output)]
-        assert rig.infer(folder, *given) == 2
+        options = ["--best_model", str(folder / "whole.pth"), "--output", str(output)]
+        assert rig.infer(folder, *options) == 2
         assert "set allow_pickle: true" in capsys.readouterr().err
-        assert rig.infer(folder, *given, "--set", "allow_pickle=true") == 0
-        assert [line["scores"] for line in rig.lines(output)] == wanted
+        assert rig.infer(folder, *options, "--set", "allow_pickle=true") == 0
+        assert [line["scores"] for line in rig.lines(output)] == scores
 
 
 def test_a_model_without_its_code_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +132,9 @@ def test_what_is_written_is_read_by_plain_torch(tmp_path: Path) -> None:
     whole = torch.load(tmp_path / "whole.pth", weights_only=False)
     other = support.model("gmu")
     other.load_state_dict(torch.load(tmp_path / "state.pth"))
-    for found in (whole, other):
+    for read in (whole, other):
         for key, value in model.state_dict().items():
-            assert torch.equal(found.state_dict()[key], value)
+            assert torch.equal(read.state_dict()[key], value)
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,14 @@ def test_items_come_in_order_and_are_made_ahead() -> None:
             made.append(i)
             yield i
 
-    found = ahead(items(), depth=3)
-    assert next(found) == 0
+    ready = ahead(items(), depth=3)
+    assert next(ready) == 0
     deadline = time.monotonic() + 60
     while len(made) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
     assert len(made) == 4, "one used, three ready"
-    assert list(found) == list(range(1, 20))
+    assert list(ready) == list(range(1, 20))
 
 
 def test_a_mistake_in_the_thread_is_raised_where_the_item_was_wanted() -> None:
@@ -42,18 +42,18 @@ def test_a_mistake_in_the_thread_is_raised_where_the_item_was_wanted() -> None:
         yield 1
         raise ValueError("broken")
 
-    found = ahead(items())
-    assert next(found) == 1
+    ready = ahead(items())
+    assert next(ready) == 1
     with pytest.raises(ValueError, match="broken"):
-        next(found)
+        next(ready)
 
 
 def test_a_caller_that_stops_early_ends_the_thread() -> None:
     before = set(threading.enumerate())
-    found = ahead(iter(int, 1), depth=1)
-    next(found)
+    ready = ahead(iter(int, 1), depth=1)
+    next(ready)
     (made,) = set(threading.enumerate()) - before
-    found.close()  # type: ignore[attr-defined]
+    ready.close()  # type: ignore[attr-defined]
     assert not made.is_alive()
 
 
@@ -92,9 +92,9 @@ def test_kept_features_stay_within_their_budget(few_posts: Path) -> None:
     class Counting(FeatureFiles):
         reads = 0
 
-        def features(self, *given: Any) -> Any:
+        def features(self, *arguments: Any) -> Any:
             Counting.reads += 1
-            return super().features(*given)
+            return super().features(*arguments)
 
     posts = PostList.read(few_posts / "train.json", support.LABELS)
     for cache_mb, reads in ((0, 74), (1, 37)):
@@ -125,9 +125,9 @@ def test_every_post_once_an_epoch_in_a_new_order() -> None:
 @pytest.mark.parametrize(("count", "size"), [(5, 8), (2, 1), (16, 8), (17, 8), (18, 8), (3, 2)])
 def test_batches_know_their_number(count: int, size: int) -> None:
     batches = EpochBatches(count, size, 0, rank=0, world=1)
-    found = list(batches)
-    assert len(found) == len(batches)
-    assert sorted(i for batch in found for i in batch) == list(range(count))
+    dealt = list(batches)
+    assert len(dealt) == len(batches)
+    assert sorted(i for batch in dealt for i in batch) == list(range(count))
 
 
 def test_processes_share_an_epoch() -> None:

@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def given() -> tuple[torch.Tensor, torch.Tensor]:
+def logits_and_targets() -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and targets of which some are soft and a row is all zero."""
     chance = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 5, generator=chance) * 3
@@ -71,7 +71,7 @@ def given() -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_loss_equals_its_formula(name: str) -> None:
     """Value and gradient, the latter by differences of the formula, for hard and soft targets."""
     settings = LossSettings.model_validate(SETTINGS[name])
-    logits, targets = given()
+    logits, targets = logits_and_targets()
     logits.requires_grad_()
     loss = TaggingLoss(settings, torch.ones(5))(logits, targets)
     x, t = logits.detach().double().numpy(), targets.double().numpy()
@@ -106,16 +106,16 @@ TWO_WAY = LossSettings.model_validate({"name": "two_way"})
 
 def test_the_two_way_loss_compares_within_posts_and_within_classes() -> None:
     """Posts without positives or negatives and posts that are masked take no part."""
-    logits, targets = given()
+    logits, targets = logits_and_targets()
     targets = targets.round()
     targets[4], targets[:, 2] = 1, 0
-    there = torch.tensor([True] * 7 + [False] * 2)
+    mask = torch.tensor([True] * 7 + [False] * 2)
     logits[8] = float("inf")
     settings = TWO_WAY.model_copy(update={"class_balance": 0.9})
     loss = TaggingLoss(settings, torch.tensor([1, 2, 3, 400, 5]))
-    found = loss(logits, targets, there).item()
+    loss_value = loss(logits, targets, mask).item()
     x, t = logits[:7].double().numpy(), targets[:7].double().numpy()
-    assert found == pytest.approx(two_way_in_numpy(x, t, loss.weights.numpy()), rel=1e-5)
+    assert loss_value == pytest.approx(two_way_in_numpy(x, t, loss.weights.numpy()), rel=1e-5)
 
 
 def test_the_two_way_loss_of_soft_targets_lies_between_those_of_hard_ones() -> None:
@@ -156,37 +156,37 @@ def test_class_weights_follow_the_effective_number() -> None:
     """The formula of the paper, mean 1; a class without positives is as one with one."""
     counts = np.array([1, 10, 1000, 0])
     effective = (1 - 0.99 ** np.maximum(counts, 1)) / (1 - 0.99)
-    wanted = 1 / effective
-    wanted /= wanted.mean()
-    found = class_weights(torch.tensor(counts), 0.99)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    assert found[0] == found[3] > found[1] > found[2]
+    expected = 1 / effective
+    expected /= expected.mean()
+    weights = class_weights(torch.tensor(counts), 0.99)
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert weights[0] == weights[3] > weights[1] > weights[2]
     assert torch.equal(class_weights(torch.tensor([1, 500]), 0.0), torch.ones(2)), "0 is off"
     assert torch.isfinite(class_weights(torch.tensor([1_000_000.0, 1.0]), 0.999999)).all()
 
 
 def test_class_weights_weigh_a_class_column() -> None:
-    logits, targets = given()
+    logits, targets = logits_and_targets()
     positives = torch.tensor([1, 2, 3, 400, 5])
     settings = LossSettings.model_validate({"class_balance": 0.9})
-    found = TaggingLoss(settings, positives)(logits, targets).item()
+    loss = TaggingLoss(settings, positives)(logits, targets).item()
     costs = numpy_costs(LossSettings(), logits.double().numpy(), targets.double().numpy())
-    assert found == pytest.approx((costs * class_weights(positives, 0.9).numpy()).mean(), rel=1e-5)
+    assert loss == pytest.approx((costs * class_weights(positives, 0.9).numpy()).mean(), rel=1e-5)
 
 
 def test_masked_posts_cost_nothing_and_teach_nothing() -> None:
     """Their costs are left out, their gradient is zero, and infinities among them do no harm."""
-    logits, targets = given()
-    there = torch.tensor([True, False] * 4 + [True])
+    logits, targets = logits_and_targets()
+    mask = torch.tensor([True, False] * 4 + [True])
     logits[1] = float("inf")
     logits.requires_grad_()
-    loss = TaggingLoss(LossSettings(), torch.ones(5))(logits, targets, there)
-    kept = there.numpy()
-    x, t = logits.detach().double().numpy()[kept], targets.double().numpy()[kept]
+    loss = TaggingLoss(LossSettings(), torch.ones(5))(logits, targets, mask)
+    rows = mask.numpy()
+    x, t = logits.detach().double().numpy()[rows], targets.double().numpy()[rows]
     assert loss.item() == pytest.approx(numpy_costs(LossSettings(), x, t).sum() / 45, rel=1e-5)
     parts = [
         TaggingLoss(LossSettings(), torch.ones(5))(
-            logits[i : i + 3], targets[i : i + 3], there[i : i + 3]
+            logits[i : i + 3], targets[i : i + 3], mask[i : i + 3]
         )
         for i in (0, 3, 6)
     ]
@@ -210,28 +210,28 @@ def batch() -> Batch:
         support.features("b", seed=2, lengths={"audio": 0, "video": 5}),
         support.features("c", seed=3),
     ]
-    found = support.batch(posts, np.eye(3, support.CLASSES, dtype=np.float32))
-    for modality, tokens in found.tokens.items():
-        tokens[~found.masks[modality]] = float("nan")
-    return found
+    made = support.batch(posts, np.eye(3, support.CLASSES, dtype=np.float32))
+    for modality, tokens in made.tokens.items():
+        tokens[~made.masks[modality]] = float("nan")
+    return made
 
 
 def test_mixed_tokens_are_weighted_means_of_those_that_are_there() -> None:
     """Place by place in numpy: both there are blended, one alone is whole, none is padding."""
     whole, partners, shares = batch(), [1, 2, 0], [0.7, 0.25, 0.5]
-    found: Any = mixed_with(whole, torch.tensor(partners), torch.tensor(shares))
+    blended: Any = mixed_with(whole, torch.tensor(partners), torch.tensor(shares))
     for modality, tokens in whole.tokens.items():
         mask = whole.masks[modality].numpy()
         for i, (j, share) in enumerate(zip(partners, shares, strict=True)):
             for n in range(tokens.shape[1]):
                 both = [(share, i), (1 - share, j)]
-                there = [(s, tokens[k, n].numpy()) for s, k in both if mask[k, n]]
-                assert found.masks[modality][i, n] == bool(there)
-                if there:
-                    wanted = sum(s * row for s, row in there) / sum(s for s, _ in there)
-                    np.testing.assert_allclose(found.tokens[modality][i, n], wanted, atol=1e-6)
-    assert found.targets[0].tolist() == pytest.approx([0.7, 0.3, 0, 0, 0, 0])
-    assert found.targets.sum(dim=1).tolist() == pytest.approx([1, 1, 1])
+                parts = [(s, tokens[k, n].numpy()) for s, k in both if mask[k, n]]
+                assert blended.masks[modality][i, n] == bool(parts)
+                if parts:
+                    expected = sum(s * row for s, row in parts) / sum(s for s, _ in parts)
+                    np.testing.assert_allclose(blended.tokens[modality][i, n], expected, atol=1e-6)
+    assert blended.targets[0].tolist() == pytest.approx([0.7, 0.3, 0, 0, 0, 0])
+    assert blended.targets.sum(dim=1).tolist() == pytest.approx([1, 1, 1])
 
 
 def test_shares_are_drawn_from_the_beta_distribution_by_the_seed() -> None:
@@ -240,9 +240,9 @@ def test_shares_are_drawn_from_the_beta_distribution_by_the_seed() -> None:
     draws = []
     for seed in (0, 0, *range(1, 400)):
         torch.manual_seed(seed)
-        found = mixed(whole, 0.5).targets
-        assert found is not None
-        draws.append(found)
+        targets = mixed(whole, 0.5).targets
+        assert targets is not None
+        draws.append(targets)
     assert torch.equal(draws[0], draws[1])
     # Posts that got themselves as a partner show nothing of the share.
     shares = torch.stack(draws[1:])[:, range(3), range(3)].flatten()

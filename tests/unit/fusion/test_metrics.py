@@ -35,9 +35,9 @@ def test_gap_of_the_golden_vectors() -> None:
 def test_gap_agrees_with_a_slow_implementation() -> None:
     for seed in range(60):
         scores, targets, top_k = case(seed)
-        found = metrics.global_average_precision(scores, targets, top_k)
-        wanted = support.plain_gap(zip(scores.tolist(), targets.tolist(), strict=True), top_k)
-        assert found == pytest.approx(wanted, abs=1e-12), seed
+        gap = metrics.global_average_precision(scores, targets, top_k)
+        slow = support.plain_gap(zip(scores.tolist(), targets.tolist(), strict=True), top_k)
+        assert gap == pytest.approx(slow, abs=1e-12), seed
 
 
 def test_no_order_changes_a_metric() -> None:
@@ -49,11 +49,11 @@ def test_no_order_changes_a_metric() -> None:
     for start, end in ((0, 7), (7, 8), (8, 31), (31, 50)):
         meter.add(scores[start:end], targets[start:end])
     assert meter.value() == metrics.global_average_precision(scores, targets)
-    found = metrics.summary(scores, targets)
+    figures = metrics.summary(scores, targets)
     for _ in range(5):
         rows, columns = chance.permutation(50), chance.permutation(30)
         other = metrics.summary(scores[rows][:, columns], targets[rows][:, columns])
-        assert other == pytest.approx(found, abs=1e-12)
+        assert other == pytest.approx(figures, abs=1e-12)
 
 
 def test_ties_count_as_the_mean_of_their_orders() -> None:
@@ -65,8 +65,8 @@ def test_ties_count_as_the_mean_of_their_orders() -> None:
     assert metrics.hit_at_one(same, targets) == pytest.approx(0.1)
     assert metrics.precision_at_equal_recall(same, targets) == pytest.approx(0.1)
     # 0.9 is in the top 2; of the two at 0.5 one is, and half of it is a positive.
-    found = metrics.global_average_precision([[0.9, 0.5, 0.5, 0.1]], [[1, 1, 0, 0]], 2)
-    assert found == pytest.approx((1 + 0.5 * 1.5 / 2) / 2)
+    gap = metrics.global_average_precision([[0.9, 0.5, 0.5, 0.1]], [[1, 1, 0, 0]], 2)
+    assert gap == pytest.approx((1 + 0.5 * 1.5 / 2) / 2)
 
 
 def test_gap_counts_positives_outside_the_top_k() -> None:
@@ -105,15 +105,15 @@ def test_average_precision_agrees_with_scikit_learn() -> None:
         scores, targets, _ = case(seed)
         if seed % 2:
             scores = np.round(scores, 1)
-        found = metrics.average_precisions(scores, targets)
+        precisions = metrics.average_precisions(scores, targets)
         known = targets.any(axis=0)
-        assert np.isnan(found[~known]).all()
-        wanted = [
+        assert np.isnan(precisions[~known]).all()
+        theirs = [
             average_precision_score(targets[:, i], scores[:, i]) for i in np.flatnonzero(known)
         ]
-        np.testing.assert_allclose(found[known], wanted, atol=1e-12)
+        np.testing.assert_allclose(precisions[known], theirs, atol=1e-12)
         if known.any():
-            assert metrics.mean_average_precision(scores, targets) == pytest.approx(np.mean(wanted))
+            assert metrics.mean_average_precision(scores, targets) == pytest.approx(np.mean(theirs))
 
 
 def test_f1_agrees_with_scikit_learn() -> None:
@@ -121,11 +121,11 @@ def test_f1_agrees_with_scikit_learn() -> None:
     scores, targets = chance.random((80, 9)), (chance.random((80, 9)) < 0.3).astype(int)
     targets[:, 4] = 0
     thresholds = chance.random(9)
-    found = metrics.f1_scores(scores, targets, thresholds)
+    f1 = metrics.f1_scores(scores, targets, thresholds)
     predicted = (scores >= thresholds).astype(int)
-    assert found.micro == pytest.approx(f1_score(targets, predicted, average="micro"))
+    assert f1.micro == pytest.approx(f1_score(targets, predicted, average="micro"))
     per_class = f1_score(targets, predicted, average=None, zero_division=0)
-    assert found.macro == pytest.approx(np.delete(per_class, 4).mean())
+    assert f1.macro == pytest.approx(np.delete(per_class, 4).mean())
 
 
 def test_hit_at_one_and_perr_by_hand() -> None:
@@ -140,10 +140,10 @@ def test_accuracy_agrees_with_scikit_learn() -> None:
     scores, targets = chance.random((90, 5)), (chance.random((90, 5)) < 0.3).astype(int)
     thresholds = chance.uniform(0.5, 0.9, 5)
     predicted = (scores >= thresholds).astype(int)
-    found = metrics.accuracy(scores, targets, thresholds)
-    assert found.decisions == pytest.approx(1 - hamming_loss(targets, predicted), abs=1e-12)
-    assert found.samples == pytest.approx(accuracy_score(targets, predicted), abs=1e-12)
-    assert 0 < found.samples < found.decisions < 1
+    shares = metrics.accuracy(scores, targets, thresholds)
+    assert shares.decisions == pytest.approx(1 - hamming_loss(targets, predicted), abs=1e-12)
+    assert shares.samples == pytest.approx(accuracy_score(targets, predicted), abs=1e-12)
+    assert 0 < shares.samples < shares.decisions < 1
     assert metrics.accuracy(np.empty((0, 3)), np.empty((0, 3))) == metrics.Accuracy(0.0, 0.0)
 
 
@@ -153,11 +153,11 @@ def test_the_precision_recall_curve_agrees_with_scikit_learn() -> None:
     for shape, step in (((200,), 1e-9), ((200,), 0.1), ((30, 7), 0.05)):
         scores = np.round(chance.random(shape) / step) * step
         targets = chance.random(shape) < 0.3
-        found = metrics.precision_recall(scores, targets)
+        curve = metrics.precision_recall(scores, targets)
         precision, recall, thresholds = precision_recall_curve(targets.ravel(), scores.ravel())
-        np.testing.assert_allclose(found.thresholds, thresholds[::-1])
-        np.testing.assert_allclose(found.precision, precision[:-1][::-1], atol=1e-12)
-        np.testing.assert_allclose(found.recall, recall[:-1][::-1], atol=1e-12)
+        np.testing.assert_allclose(curve.thresholds, thresholds[::-1])
+        np.testing.assert_allclose(curve.precision, precision[:-1][::-1], atol=1e-12)
+        np.testing.assert_allclose(curve.recall, recall[:-1][::-1], atol=1e-12)
     assert len(metrics.precision_recall([], []).recall) == 0
     assert metrics.precision_recall([0.5, 0.4], [0, 0]).recall.tolist() == [0, 0]
 
@@ -168,9 +168,9 @@ def test_the_summary_is_its_parts() -> None:
     thresholds = chance.random(6)
     f1 = metrics.f1_scores(scores, targets, thresholds)
     right = metrics.accuracy(scores, targets, thresholds)
-    found = metrics.summary(scores, targets, thresholds)
-    assert found.keys() == metrics.TITLES.keys()
-    assert found == {
+    figures = metrics.summary(scores, targets, thresholds)
+    assert figures.keys() == metrics.TITLES.keys()
+    assert figures == {
         "gap": metrics.global_average_precision(scores, targets),
         "hit_at_1": metrics.hit_at_one(scores, targets),
         "perr": metrics.precision_at_equal_recall(scores, targets),

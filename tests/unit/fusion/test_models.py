@@ -68,8 +68,8 @@ def lively(name: str, **changes: object) -> Any:
 def logits(name: str, posts: list[Features], seed: int = 0) -> np.ndarray:
     torch.manual_seed(seed)
     with torch.inference_mode():
-        found: np.ndarray = support.model(name)(batch_of(posts)).numpy()
-    return found
+        values: np.ndarray = support.model(name)(batch_of(posts)).numpy()
+    return values
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,8 +110,8 @@ def test_the_order_of_frames_matters_and_that_of_images_does_not() -> None:
     cases: tuple[tuple[Stream, bool], ...] = (("video", True), ("audio", True), ("image", False))
     for modality, moved in cases:
         reverse = {**post.arrays, modality: post.arrays[modality][::-1].copy()}
-        found = logits("token_transformer", [Features("p", reverse, {})])
-        assert (np.abs(found - whole).max() > 1e-4) == moved, modality
+        reversed_logits = logits("token_transformer", [Features("p", reverse, {})])
+        assert (np.abs(reversed_logits - whole).max() > 1e-4) == moved, modality
 
 
 def test_modality_dropout_always_leaves_one() -> None:
@@ -120,11 +120,11 @@ def test_modality_dropout_always_leaves_one() -> None:
     has = torch.rand(500, 5) < 0.5
     has[:, 2] |= ~has.any(dim=1)
     masks = {m: has[:, i : i + 1].expand(-1, 3) for i, m in enumerate(support.MODALITIES)}
-    left = torch.stack([mask.any(dim=1) for mask in drop(masks).values()], dim=1)
-    assert left.any(dim=1).all()
-    assert not (left & ~has).any(), "nothing appears that was not there"
+    stays = torch.stack([mask.any(dim=1) for mask in drop(masks).values()], dim=1)
+    assert stays.any(dim=1).all()
+    assert not (stays & ~has).any(), "nothing appears that was not there"
     several = has.sum(dim=1) == 5
-    assert left[several].float().mean() < 0.4
+    assert stays[several].float().mean() < 0.4
     assert all(torch.equal(a, masks[m]) for m, a in drop.eval()(masks).items())
 
 
@@ -144,8 +144,8 @@ def test_an_untrained_model_predicts_the_frequencies(name: str) -> None:
     frequencies = torch.linspace(0.02, 0.6, support.CLASSES)
     model.start_at(frequencies)
     with torch.inference_mode():
-        found = torch.sigmoid(model(batch_of([support.features()])))[0]
-    torch.testing.assert_close(found, frequencies, atol=0.1, rtol=0)
+        predicted = torch.sigmoid(model(batch_of([support.features()])))[0]
+    torch.testing.assert_close(predicted, frequencies, atol=0.1, rtol=0)
 
 
 def test_positions_are_distinct_for_any_width() -> None:
@@ -179,15 +179,15 @@ def test_a_model_equals_a_numpy_forward(name: str, changes: dict[str, object]) -
     for i, post in enumerate(POSTS):
         logits, own = FORWARDS[name](weights, post)
         np.testing.assert_allclose(said.logits[i], logits, atol=2e-5, err_msg=post.post_id)
-        assert set(own) == set(post.arrays) == {m for m in said.there if said.there[m][i]}
+        assert set(own) == set(post.arrays) == {m for m in said.present if said.present[m][i]}
         said_own: Mapping[Any, torch.Tensor] = said.own
-        for modality, wanted in own.items():
-            np.testing.assert_allclose(said_own[modality][i], wanted, atol=2e-5, err_msg=modality)
+        for modality, expected in own.items():
+            np.testing.assert_allclose(said_own[modality][i], expected, atol=2e-5, err_msg=modality)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_training_too_a_post_is_blind_to_the_padding_of_others(name: str) -> None:
-    posts, found = POSTS[:3], []
+    posts, outcomes = POSTS[:3], []
     for padding in (0, 6):
         model = lively(name).train()
         for part in model.modules():
@@ -200,8 +200,8 @@ def test_in_training_too_a_post_is_blind_to_the_padding_of_others(name: str) -> 
         tokens = {m: nn.functional.pad(t, (0, 0, 0, padding)) for m, t in batch.tokens.items()}
         masks = {m: nn.functional.pad(t, (0, padding)) for m, t in batch.masks.items()}
         logits = model(batch._replace(tokens=tokens, masks=masks)).detach()
-        found.append([logits, *[b.clone() for b in model.buffers() if b.is_floating_point()]])
-    for one, other in zip(*found, strict=True):
+        outcomes.append([logits, *[b.clone() for b in model.buffers() if b.is_floating_point()]])
+    for one, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
@@ -222,15 +222,15 @@ def test_the_loss_of_own_heads_is_masked_post_by_post(name: str) -> None:
     batch: Any = batch_of(POSTS, targets=True)
     loss = TaggingLoss(LossSettings(), torch.ones(6))
     with torch.no_grad():
-        found = float(Objective(model, loss, auxiliary=0.5)(batch))
+        total = float(Objective(model, loss, auxiliary=0.5)(batch))
         said = model.outputs(batch)
-    wanted = float(binary_cross_entropy_with_logits(said.logits, batch.targets))
+    expected = float(binary_cross_entropy_with_logits(said.logits, batch.targets))
     for modality, logits in said.own.items():
         for i, post in enumerate(POSTS):
             if modality in post.arrays:
                 own = float(binary_cross_entropy_with_logits(logits[i], batch.targets[i]))
-                wanted += 0.5 * own / len(POSTS)
-    assert found == pytest.approx(wanted, abs=1e-5)
+                expected += 0.5 * own / len(POSTS)
+    assert total == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -280,9 +280,11 @@ def solved(
         {"name": "linear_probe", "linear_probe": {"penalties": [100.0, penalty], **options}}
     )
     model = build_model(support.schema(), settings)
-    found = model.solutions([support.batch(posts[:9], targets[:9]), *rest(posts[9:], targets[9:])])
-    assert found is not None
-    losses = list(found)
+    solutions = model.solutions(
+        [support.batch(posts[:9], targets[:9]), *rest(posts[9:], targets[9:])]
+    )
+    assert solutions is not None
+    losses = list(solutions)
     assert len(losses) == 2
     return model.eval(), losses[-1]
 
@@ -319,9 +321,9 @@ def test_a_linear_probe_is_logistic_regression(count: int, unit: bool) -> None:
         rows = [p.arrays[m].astype(float).mean(axis=0) if m in p.arrays else None for p in posts]
         if unit:
             rows = [None if row is None else row / np.linalg.norm(row) for row in rows]
-        there = np.stack([row for row in rows if row is not None])
-        length = np.sqrt((there**2).sum(axis=1).mean())
-        away = [None if row is None else row - there.mean(axis=0) for row in rows]
+        vectors = np.stack([row for row in rows if row is not None])
+        length = np.sqrt((vectors**2).sum(axis=1).mean())
+        away = [None if row is None else row - vectors.mean(axis=0) for row in rows]
         means[m] = np.stack(
             [
                 np.zeros(dim) if row is None else row / (np.linalg.norm(row) if unit else length)
@@ -334,8 +336,8 @@ def test_a_linear_probe_is_logistic_regression(count: int, unit: bool) -> None:
     for k in range(support.CLASSES):
         theirs = LogisticRegression(C=10, tol=1e-8, max_iter=5000).fit(inputs, targets[:, k])
         np.testing.assert_allclose(logits[:, k], theirs.decision_function(inputs), atol=0.03)
-    wanted = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets))
-    assert loss == pytest.approx(float(wanted), abs=1e-4)
+    expected = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets))
+    assert loss == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_each_modality_has_a_probe_that_its_own_posts_have_taught() -> None:
@@ -411,8 +413,8 @@ def test_neighbours_are_chosen_by_other_posts_than_the_post_itself() -> None:
     losses = []
     for targets in (of_kind, support.truth(90)):
         model = build_model(support.schema(), settings).eval()
-        found: Any = model.solutions([support.batch(posts[:50], targets[:50])])
-        losses += list(found)
+        solutions: Any = model.solutions([support.batch(posts[:50], targets[:50])])
+        losses += list(solutions)
         with torch.inference_mode():
             scores = model(support.batch(posts[50:])).sigmoid().numpy()
         if targets is of_kind:
@@ -475,18 +477,18 @@ def test_masked_batch_normalisation_learns_from_what_is_there() -> None:
     torch.manual_seed(0)
     rows, mask = torch.randn(4, 5, 3) * 2 + 1, torch.rand(4, 5) < 0.6
     masked, plain = MaskedBatchNorm(3).train(), nn.BatchNorm1d(3).train()
-    found = masked(rows, mask)
-    torch.testing.assert_close(found[mask], plain(rows[mask]))
-    assert not found[~mask].any()
+    normalised = masked(rows, mask)
+    torch.testing.assert_close(normalised[mask], plain(rows[mask]))
+    assert not normalised[~mask].any()
     torch.testing.assert_close(masked.running_mean, plain.running_mean)
     torch.testing.assert_close(masked.running_var, plain.running_var)
     torch.testing.assert_close(masked.eval()(rows)[mask], plain.eval()(rows[mask]))
     before: Any = masked.train().running_mean
-    kept = before.clone()
+    means = before.clone()
     one = torch.zeros(4, 5, dtype=torch.bool)
     one[0, 0] = True
     assert torch.isfinite(masked(rows, one)).all(), "one row has no variance"
-    torch.testing.assert_close(masked.running_mean, kept)
+    torch.testing.assert_close(masked.running_mean, means)
 
 
 def test_stochastic_depth_skips_posts_as_often_as_asked_and_keeps_the_mean() -> None:
@@ -494,9 +496,9 @@ def test_stochastic_depth_skips_posts_as_often_as_asked_and_keeps_the_mean() -> 
     torch.manual_seed(0)
     block = Block(8, 2, 0.0, skip=0.25).train()
     branch = torch.ones(8000, 1, 8)
-    found = block._sometimes(branch)[:, 0, 0]
-    assert sorted(set(found.tolist())) == pytest.approx([0, 4 / 3])
-    assert (found == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    factors = block._sometimes(branch)[:, 0, 0]
+    assert sorted(set(factors.tolist())) == pytest.approx([0, 4 / 3])
+    assert (factors == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
     assert torch.equal(block.eval()._sometimes(branch), branch)
     settings = support.SMALL.model_copy(update={"name": "mbt"})
     built: Any = build_model(support.schema(), settings)
@@ -508,7 +510,7 @@ def test_the_bottleneck_is_the_only_way_between_modalities() -> None:
     model = lively("mbt", bottlenecks=1)
     batch = batch_of([POSTS[0]])
     swapped = {**batch.tokens, "text": batch_of([support.features("a", seed=9)]).tokens["text"]}
-    found = []
+    video_tokens = []
     for tokens in (batch.tokens, swapped):
         seen: list[torch.Tensor] = []
         hook = model.norms["video"].register_forward_hook(
@@ -517,8 +519,10 @@ def test_the_bottleneck_is_the_only_way_between_modalities() -> None:
         with torch.inference_mode():
             model(batch._replace(tokens=tokens))
         hook.remove()
-        found.append(seen[0])
-    assert (found[0] - found[1]).abs().max() > 1e-5, "text reaches video through one token"
+        video_tokens.append(seen[0])
+    assert (video_tokens[0] - video_tokens[1]).abs().max() > 1e-5, (
+        "text reaches video through one token"
+    )
     first = MbtSettings(layers=2, fusion_layers=1)
     assert first.layers - first.fusion_layers == 1
     with pytest.raises(ValueError, match="fusion_layers 3 are more than layers"):
@@ -536,10 +540,10 @@ def test_old_settings_still_describe_old_models() -> None:
 def test_images_join_the_frames() -> None:
     """The model sees one modality: frames first, then images, in order; or images alone."""
     for frames in (3, 0):
-        found = support.features(lengths={"video": frames, "image": 2})
-        joined = support.schema(image_as_frames=True).arrays(found)
+        post = support.features(lengths={"video": frames, "image": 2})
+        joined = support.schema(image_as_frames=True).arrays(post)
         assert "image" not in joined
-        parts = [found.arrays[m] for m in ("video", "image") if m in found.arrays]
+        parts = [post.arrays[m] for m in ("video", "image") if m in post.arrays]
         np.testing.assert_array_equal(joined["video"], np.concatenate(parts))
 
 
@@ -556,9 +560,9 @@ def test_long_texts_are_cut_and_long_videos_thinned() -> None:
     manifest = FeatureManifest({"video": 1, "text": 1}, {"video": "v", "text": "t"})
     schema = InputSchema.of(manifest, limits, 2)
     count = np.arange(16, dtype=np.float16)[:, None]
-    found = schema.arrays(Features("p", {"video": count, "text": count}, {}))
-    assert found["text"].ravel().tolist() == [0, 1, 2, 3]
-    assert found["video"].ravel().tolist() == [2, 6, 10, 14]
+    arrays = schema.arrays(Features("p", {"video": count, "text": count}, {}))
+    assert arrays["text"].ravel().tolist() == [0, 1, 2, 3]
+    assert arrays["video"].ravel().tolist() == [2, 6, 10, 14]
 
 
 def test_features_of_another_shape_are_refused_by_name() -> None:
@@ -568,8 +572,8 @@ def test_features_of_another_shape_are_refused_by_name() -> None:
 
 
 def test_modalities_can_be_left_out_or_unknown() -> None:
-    found = support.schema().arrays(support.features(), frozenset({"audio"}))
-    assert set(found) == {"video", "image", "text", "ocr"}
+    arrays = support.schema().arrays(support.features(), frozenset({"audio"}))
+    assert set(arrays) == {"video", "image", "text", "ocr"}
     only_text = InputSchema.of(FeatureManifest({"text": 10}, {"text": "t"}), TokenLimits(), 2)
     assert set(only_text.arrays(support.features())) == {"text"}
 

@@ -30,51 +30,51 @@ def settings(**values: Any) -> OptimizerSettings:
 def rates(of: OptimizerSettings) -> list[float]:
     """The learning rate of each step, as the optimizer sees it."""
     optimizer, schedule = build_optimizer(nn.Linear(2, 2), of, STEPS)
-    found = []
+    steps = []
     for _ in range(STEPS):
-        found.append(optimizer.param_groups[0]["lr"])
+        steps.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return found
+    return steps
 
 
 def reference(make: Any) -> list[float]:
     """The same for a schedule of torch's own, on SGD with rate 0.1."""
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     schedule = make(optimizer)
-    found = []
+    steps = []
     for step in range(STEPS):
-        found.append(optimizer.param_groups[0]["lr"])
+        steps.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         if step + 1 < STEPS:
             schedule.step()
-    return found
+    return steps
 
 
 def test_one_cycle_equals_torchs() -> None:
     for share in (0.1, 0.3):
-        wanted = reference(
+        theirs = reference(
             lambda o, share=share: torch.optim.lr_scheduler.OneCycleLR(
                 o, 0.1, total_steps=STEPS, pct_start=share, cycle_momentum=False
             )
         )
-        found = rates(settings(learning_rate=0.1, schedule="one_cycle", warm_up=share))
-        np.testing.assert_allclose(found, wanted, rtol=1e-9)
+        ours = rates(settings(learning_rate=0.1, schedule="one_cycle", warm_up=share))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
 def test_steps_equal_torchs() -> None:
-    wanted = reference(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [20, 30], gamma=0.2))
+    theirs = reference(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [20, 30], gamma=0.2))
     options = {"learning_rate": 0.1, "schedule": "step", "step_factor": 0.2}
-    np.testing.assert_allclose(rates(settings(**options, warm_up=0)), wanted, rtol=1e-9)
+    np.testing.assert_allclose(rates(settings(**options, warm_up=0)), theirs, rtol=1e-9)
     warmed = rates(settings(**options, warm_up=0.1))
     np.testing.assert_allclose(warmed[:4], [0.025, 0.05, 0.075, 0.1])
-    np.testing.assert_allclose(warmed[4:], wanted[4:], rtol=1e-9)
+    np.testing.assert_allclose(warmed[4:], theirs[4:], rtol=1e-9)
 
 
 def test_cosine_equals_torchs_and_constant_stays() -> None:
-    found = rates(settings(learning_rate=0.1, warm_up=0.1))
-    wanted = reference(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS - 4))
-    np.testing.assert_allclose(found[4:], wanted[: STEPS - 4], rtol=1e-6)
+    ours = rates(settings(learning_rate=0.1, warm_up=0.1))
+    theirs = reference(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS - 4))
+    np.testing.assert_allclose(ours[4:], theirs[: STEPS - 4], rtol=1e-6)
     steady = rates(settings(learning_rate=0.1, warm_up=0.1, schedule="constant"))
     np.testing.assert_allclose(steady, [0.025, 0.05, 0.075] + [0.1] * 37)
 
@@ -85,17 +85,17 @@ def test_cosine_equals_torchs_and_constant_stays() -> None:
 def test_short_runs_have_a_rate(name: str, steps: int, warm_up: float) -> None:
     """Even one step learns, and no factor lies outside 0 and 1."""
     factor = SCHEDULES[name](settings(warm_up=warm_up), steps)  # type: ignore[index]
-    found = [factor(step) for step in range(steps + 1)]
-    assert all(0 <= f <= 1 for f in found)
-    assert found[0] > 0
+    factors = [factor(step) for step in range(steps + 1)]
+    assert all(0 <= f <= 1 for f in factors)
+    assert factors[0] > 0
 
 
 def test_a_cosine_that_starts_anew() -> None:
     """Three cycles are three short cosines; their ends are the epochs of the snapshots."""
     alone = rates(settings(learning_rate=0.1, warm_up=0.1))
-    found = rates(settings(learning_rate=0.1, warm_up=0.1, cycles=4))
+    anew = rates(settings(learning_rate=0.1, warm_up=0.1, cycles=4))
     short = [SCHEDULES["cosine"](settings(warm_up=0.1), STEPS // 4)(i) for i in range(STEPS // 4)]
-    np.testing.assert_allclose(found, np.tile(short, 4) * 0.1, rtol=1e-9)
+    np.testing.assert_allclose(anew, np.tile(short, 4) * 0.1, rtol=1e-9)
     np.testing.assert_allclose(rates(settings(learning_rate=0.1, cycles=1)), alone, rtol=1e-9)
     factor = SCHEDULES["cosine"](settings(cycles=7), 100)
     assert all(0 < factor(step) <= 1 for step in range(100))
@@ -107,8 +107,8 @@ def test_a_cosine_that_starts_anew() -> None:
 def test_groups_keep_their_proportion_under_a_schedule() -> None:
     """The schedule is a factor: each group's rate is its own share of it at every step."""
     model = support.model("concat_se")
-    given = settings(group_rates={"modality": 1e-4, "head": 1e-2}, schedule="one_cycle")
-    optimizer, schedule = build_optimizer(model, given, 10)
+    options = settings(group_rates={"modality": 1e-4, "head": 1e-2}, schedule="one_cycle")
+    optimizer, schedule = build_optimizer(model, options, 10)
     first = [g["lr"] for g in optimizer.param_groups]
     assert first == sorted(first, reverse=True), "the highest is what the log shows"
     for _ in range(4):
@@ -131,8 +131,8 @@ def test_an_optimizer_is_torchs_and_decays_matrices_alone(
     name: str, kind: type[torch.optim.Optimizer], options: dict[str, Any]
 ) -> None:
     model = nn.Linear(3, 2)
-    given = settings(name=name, learning_rate=0.05, weight_decay=0.1, momentum=0.8)
-    optimizer, _ = build_optimizer(model, given, 5)
+    chosen = settings(name=name, learning_rate=0.05, weight_decay=0.1, momentum=0.8)
+    optimizer, _ = build_optimizer(model, chosen, 5)
     assert type(optimizer) is kind
     matrix, bias = optimizer.param_groups
     assert (matrix["params"], bias["params"]) == ([model.weight], [model.bias])
@@ -164,13 +164,13 @@ def test_the_moving_average() -> None:
 
 def posts(count: int) -> list[Sample]:
     schema, chance = support.schema(), np.random.default_rng(3)
-    found = []
+    samples = []
     for i in range(count):
         truth = (chance.random(support.CLASSES) < 0.3).astype(np.float32)
         gaps = {"audio": 0} if i % 3 == 0 else {}
         post = support.features(f"p{i}", seed=i, lengths={"video": 1 + i % 4, **gaps})
-        found.append(Sample(post.post_id, schema.arrays(post), truth))
-    return found
+        samples.append(Sample(post.post_id, schema.arrays(post), truth))
+    return samples
 
 
 def one_step(

@@ -16,17 +16,17 @@ from fusion.train.options import train_settings
 from tests.support.fusion import runs
 
 
-def given(*options: str) -> TrainSettings:
-    found = train_settings(train_net.SCRIPT.read(options))
-    assert isinstance(found, TrainSettings)
-    return found
+def train_options(*options: str) -> TrainSettings:
+    settings = train_settings(train_net.SCRIPT.read(options))
+    assert isinstance(settings, TrainSettings)
+    return settings
 
 
 def test_folders_are_taken_as_they_are_written(tmp_path: Path) -> None:
     """A folder may be named by a number or a date, which YAML would make something else of."""
     (tmp_path / "empty.yaml").write_text("")
     config = str(tmp_path / "empty.yaml")
-    trainer = given("--model_config", config, "--save_dir", "2026", "--epoch", "3").trainer
+    trainer = train_options("--model_config", config, "--save_dir", "2026", "--epoch", "3").trainer
     assert (trainer.save_dir, trainer.epochs) == (Path("2026"), 3)
     asked = ["--infer_config", config, "--input", "x.json", "--best_model", "2026-01-31"]
     settings = infer_settings(infer_net.SCRIPT.read([*asked, "--n_gpus", "0"]))
@@ -51,10 +51,10 @@ def test_options_go_over_the_file_and_set_over_options(
     """An epoch of 0 takes the file's; a switch may be bare or have a value."""
     file = tmp_path / "c.yaml"
     file.write_text("{trainer: {epochs: 7}}")
-    found: Any = given("--model_config", str(file), *options)
+    setting: Any = train_options("--model_config", str(file), *options)
     for name in key.split("."):
-        found = getattr(found, name)
-    assert found == value
+        setting = getattr(setting, name)
+    assert setting == value
 
 
 def test_the_task_chooses_what_is_trained(tmp_path: Path) -> None:
@@ -64,18 +64,18 @@ def test_the_task_chooses_what_is_trained(tmp_path: Path) -> None:
         file.write_text(json.dumps({"task": task}))
         options = ["--batch_size", "7", "--learning_rate", "0.5", "--epoch", "9", "--skip_bad"]
         options += ["--n_gpu", "0", "--valid_interval", "3", "--log_interval", "4"]
-        found = train_settings(train_net.SCRIPT.read(["--model_config", str(file), *options]))
-        assert isinstance(found, kind)
-        assert (found.trainer.batch_size, found.trainer.epochs) == (7, 9)
-        assert (found.optimizer.learning_rate, found.data.skip_bad) == (0.5, True)
-        assert (found.trainer.valid_interval, found.trainer.log_interval) == (3, 4)
+        settings = train_settings(train_net.SCRIPT.read(["--model_config", str(file), *options]))
+        assert isinstance(settings, kind)
+        assert (settings.trainer.batch_size, settings.trainer.epochs) == (7, 9)
+        assert (settings.optimizer.learning_rate, settings.data.skip_bad) == (0.5, True)
+        assert (settings.trainer.valid_interval, settings.trainer.log_interval) == (3, 4)
     with pytest.raises(ConfigError, match="task: must be one of fusion, image_backbone, video"):
         train_settings(train_net.SCRIPT.read(["--set", "task=magic"]))
 
 
 def test_the_sample_config_is_whole() -> None:
     file = runs.ROOT / "config" / "train_config.yaml"
-    assert given("--model_config", str(file)).bundle.name == "insight"
+    assert train_options("--model_config", str(file)).bundle.name == "insight"
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,10 @@ def test_entries_are_what_json_says_wherever_blocks_end(
         how = {}
     monkeypatch.setattr(data_file, "_BLOCK_BYTES", block)
     file = written(tmp_path, name, ENTRIES, **how)
-    found = list(entries(file))
-    assert [entry.value for entry in found] == ENTRIES
+    read = list(entries(file))
+    assert [entry.value for entry in read] == ENTRIES
     raw = file.read_bytes()
-    assert [json.loads(raw[entry.start : entry.start + entry.size]) for entry in found] == ENTRIES
+    assert [json.loads(raw[entry.start : entry.start + entry.size]) for entry in read] == ENTRIES
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_posts_come_back_as_they_stand_in_the_file(tmp_path: Path) -> None:
     posts = PostList.read(file, support.LABELS)
     for copy in (posts, pickle.loads(pickle.dumps(posts))):
         assert tuple(copy) == support.records(file)
-    wanted = np.zeros((4, support.CLASSES), np.float32)
-    wanted[0, [1, 3]] = wanted[3, 0] = 1
-    np.testing.assert_array_equal(posts.targets(), wanted)
-    np.testing.assert_array_equal(np.stack([posts.target(i) for i in range(4)]), wanted)
-    np.testing.assert_array_equal(posts.positives(), wanted.sum(axis=0))
+    targets = np.zeros((4, support.CLASSES), np.float32)
+    targets[0, [1, 3]] = targets[3, 0] = 1
+    np.testing.assert_array_equal(posts.targets(), targets)
+    np.testing.assert_array_equal(np.stack([posts.target(i) for i in range(4)]), targets)
+    np.testing.assert_array_equal(posts.positives(), targets.sum(axis=0))
 
 
 def test_the_author_of_a_post_comes_with_its_batch(tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_a_post_takes_few_bytes(tmp_path: Path) -> None:
         file.write_text("[" + ",".join(entry % i for i in range(count)) + "]")
         tracemalloc.start()
         posts = PostList.read(file, support.LABELS)
-        kept, peak = tracemalloc.get_traced_memory()
+        current, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert len(posts) == count
-        return kept, peak
+        return current, peak
 
     few, many = kept_and_peak(1_000), kept_and_peak(4_000)
     assert (many[0] - few[0]) / 3_000 < 60

@@ -118,9 +118,9 @@ def test_each_shortcoming_has_its_advice(changes: dict[str, Any], text: str, com
 def test_the_number_of_epochs_is_judged_by_the_curve(
     gaps: tuple[float, ...], best: int, text: str, command: str
 ) -> None:
-    found = next_steps(numbers(facts={"best epoch": best, "bundle": ""}), events(*gaps), AGAIN, "")
-    assert len(found) == bool(text)
-    assert all(text in step.text and command in step.command for step in found)
+    steps = next_steps(numbers(facts={"best epoch": best, "bundle": ""}), events(*gaps), AGAIN, "")
+    assert len(steps) == bool(text)
+    assert all(text in step.text and command in step.command for step in steps)
 
 
 def test_solved_weights_are_not_told_to_train_longer() -> None:
@@ -152,32 +152,35 @@ def test_without_figures_validation_posts_are_asked_for() -> None:
 
 
 def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
-    wanted = some_predictions(name="猫")
-    wanted.save(tmp_path / "scores.npz")
-    found = Predictions.load(tmp_path / "scores.npz")
-    assert (found.post_ids, found.names) == (wanted.post_ids, wanted.names)
+    saved = some_predictions(name="猫")
+    saved.save(tmp_path / "scores.npz")
+    loaded = Predictions.load(tmp_path / "scores.npz")
+    assert (loaded.post_ids, loaded.names) == (saved.post_ids, saved.names)
     for key in ("raw", "scores", "targets", "thresholds"):
-        np.testing.assert_array_equal(getattr(found, key), getattr(wanted, key))
+        np.testing.assert_array_equal(getattr(loaded, key), getattr(saved, key))
 
 
 def test_confusions_are_counted_post_by_post() -> None:
     some = some_predictions(80, 6)
-    wanted = np.zeros((6, 6), int)
-    for truth, given in zip(some.targets, some.given, strict=True):
-        for i in np.flatnonzero(truth & ~given):
-            for j in np.flatnonzero(given & ~truth):
-                wanted[i, j] += 1
-    np.testing.assert_array_equal(tables.confusion_counts(some), wanted)
+    counts = np.zeros((6, 6), int)
+    for truth, predicted in zip(some.targets, some.predicted, strict=True):
+        for i in np.flatnonzero(truth & ~predicted):
+            for j in np.flatnonzero(predicted & ~truth):
+                counts[i, j] += 1
+    np.testing.assert_array_equal(tables.confusion_counts(some), counts)
     pairs = tables.confusions(some)
     assert [p.posts for p in pairs] == sorted((p.posts for p in pairs), reverse=True)
-    assert all(wanted[p.missed, p.given] == p.posts for p in pairs)
-    assert wanted.trace() == 0
+    assert all(counts[p.missed, p.given] == p.posts for p in pairs)
+    assert counts.trace() == 0
 
 
 def test_the_worst_mistakes_have_the_highest_loss() -> None:
     some = some_predictions(50, 4)
-    found = worst(some, 7)
-    for mistakes, is_given in ((found["wrongly given"], True), (found["missed"], False)):
+    mistakes_of = worst(some, 7)
+    for mistakes, is_given in (
+        (mistakes_of["wrongly given"], True),
+        (mistakes_of["missed"], False),
+    ):
         losses = []
         for row in range(50):
             for tag in range(4):
@@ -199,10 +202,10 @@ def test_tags_that_no_post_has_and_no_post_gets() -> None:
 
 def test_reliability_of_edges_and_nothing() -> None:
     """Scores of 0 and 1 have a bin, empty bins are no number, and no scores have no error."""
-    found = reliability([0.0, 1.0, 0.5], [0, 1, 1], bins=4)
-    assert found.counts.tolist() == [1, 0, 1, 1]
-    assert np.isnan(found.right[1])
-    assert found.error == pytest.approx(0.5 / 3)
+    measured = reliability([0.0, 1.0, 0.5], [0, 1, 1], bins=4)
+    assert measured.counts.tolist() == [1, 0, 1, 1]
+    assert np.isnan(measured.right[1])
+    assert measured.error == pytest.approx(0.5 / 3)
     assert reliability([], []).error == 0
 
 
@@ -223,9 +226,9 @@ def test_curves_show_what_was_measured() -> None:
     some = some_predictions(40, 60)
     drawn = charts.pr_curves(some, tables.tag_rows(some))
     assert [len(chart.lines) for chart in drawn] == [1, 4, 4]
-    given, truth = some.given, some.targets
-    right = (given & truth).sum()
-    recall, precision = right / truth.sum(), right / given.sum()
+    predicted, truth = some.predicted, some.targets
+    right = (predicted & truth).sum()
+    recall, precision = right / truth.sum(), right / predicted.sum()
     assert drawn[0].dots[-1].title == f"at the thresholds: {precision:.4g} at {recall:.4g}"
     before, after = (reliability(s, some.targets) for s in (some.raw, some.scores))
     names = [name for _, name in charts.calibration(before, after, "isotonic")[0].legend]
@@ -239,10 +242,10 @@ def test_curves_show_what_was_measured() -> None:
 def test_reports_of_any_number_of_tags(tags: int, tmp_path: Path) -> None:
     """Names in any script stand on the page as they are, escaped."""
     name = "$x_{1 <b>long name</b> in a deep taxonomy 猫 \u0627"
-    given = ReportInput(
+    content = ReportInput(
         "a", "b", {"epochs": 1, "best epoch": 1}, some_predictions(40, tags, name=name)
     )
-    page = write_report(tmp_path / "report", given, ReportSettings()).read_text()
+    page = write_report(tmp_path / "report", content, ReportSettings()).read_text()
     assert "&lt;b&gt;long name&lt;/b&gt; in a deep taxonomy 猫 \u0627 0" in page
     assert "<b>long" not in page
 
@@ -278,18 +281,18 @@ def test_posts_are_linked_and_shown(tmp_path: Path) -> None:
         "features": "",
     }
     data_file, report = tmp_path / "posts.json", tmp_path / "run" / "report"
-    found = view_post(
+    view = view_post(
         "p 1", entry, data_file=data_file, report=report, post_url=None, thumbnails=True
     )
-    assert found.text == "hello world"
-    assert [(item.name, item.href) for item in found.media] == [
+    assert view.text == "hello world"
+    assert [(item.name, item.href) for item in view.media] == [
         ("a b.png", "../../media/a%20b.png"),
         ("broken.jpg", "../../media/broken.jpg"),
         ("v.mp4", "https://x.test/v.mp4"),
     ]
-    assert [bool(item.thumbnail) for item in found.media] == [True, False, False]
-    assert len(found.media[0].thumbnail) < 5000
-    pixels = Image.open(io.BytesIO(base64.b64decode(found.media[0].thumbnail.partition(",")[2])))
+    assert [bool(item.thumbnail) for item in view.media] == [True, False, False]
+    assert len(view.media[0].thumbnail) < 5000
+    pixels = Image.open(io.BytesIO(base64.b64decode(view.media[0].thumbnail.partition(",")[2])))
     assert np.asarray(pixels)[5, 5].min() > 250, "the model sees white where nothing is drawn"
     url = view_post(
         "p/1&",
@@ -328,8 +331,8 @@ def batches(agreement: Agreement, one: Scored, other: Scored, truth: np.ndarray)
         rows = slice(start, start + 7)
         agreement.add(
             [f"p{i}" for i in range(len(truth))[rows]],
-            Scored(one.scores[rows], one.given[rows]),
-            Scored(other.scores[rows], other.given[rows]),
+            Scored(one.scores[rows], one.predicted[rows]),
+            Scored(other.scores[rows], other.predicted[rows]),
             truth[rows],
             np.logical_or.reduce(truth[rows], axis=1),
         )
@@ -339,36 +342,40 @@ def batches(agreement: Agreement, one: Scored, other: Scored, truth: np.ndarray)
 def test_figures_are_those_of_the_whole_set() -> None:
     rng = np.random.default_rng(1)
     one, other, truth = scored(rng), scored(rng), rng.random((40, 3)) > 0.7
-    found = batches(Agreement(NAMES, NAMES), one, other, truth).result()
-    assert found["posts"] == 40
-    assert found["same_tags"] == (one.given == other.given).all(axis=1).sum()
-    assert found["tags_given"] == {
-        "first": one.given.sum(),
-        "second": other.given.sum(),
-        "both": (one.given & other.given).sum(),
-        "only_first": (one.given & ~other.given).sum(),
-        "only_second": (~one.given & other.given).sum(),
+    figures = batches(Agreement(NAMES, NAMES), one, other, truth).result()
+    assert figures["posts"] == 40
+    assert figures["same_tags"] == (one.predicted == other.predicted).all(axis=1).sum()
+    assert figures["tags_given"] == {
+        "first": one.predicted.sum(),
+        "second": other.predicted.sum(),
+        "both": (one.predicted & other.predicted).sum(),
+        "only_first": (one.predicted & ~other.predicted).sum(),
+        "only_second": (~one.predicted & other.predicted).sum(),
     }
     pair = one.scores.ravel(), other.scores.ravel()
-    assert found["scores"]["compared"] == 120
-    assert found["scores"]["mean_abs_difference"] == pytest.approx(np.abs(pair[0] - pair[1]).mean())
-    assert found["scores"]["correlation"] == pytest.approx(np.corrcoef(*pair)[0, 1])
+    assert figures["scores"]["compared"] == 120
+    assert figures["scores"]["mean_abs_difference"] == pytest.approx(
+        np.abs(pair[0] - pair[1]).mean()
+    )
+    assert figures["scores"]["correlation"] == pytest.approx(np.corrcoef(*pair)[0, 1])
     labelled = truth.any(axis=1)
-    assert found["labelled"] == labelled.sum()
-    for gap, each in zip(found["gap"], (one, other), strict=True):
+    assert figures["labelled"] == labelled.sum()
+    for gap, each in zip(figures["gap"], (one, other), strict=True):
         expected = global_average_precision(each.scores[labelled], truth[labelled])
         assert gap == pytest.approx(expected)
-    by_name = {tag["name"]: tag for tag in found["tags"]}
+    by_name = {tag["name"]: tag for tag in figures["tags"]}
     for i, name in enumerate(NAMES):
         differences = other.scores[:, i] - one.scores[:, i]
         assert by_name[name]["mean_difference"] == pytest.approx(differences.mean())
-        assert by_name[name]["only_first"] == (one.given & ~other.given)[:, i].sum()
-    changes = [tag["only_first"] + tag["only_second"] for tag in found["tags"]]
+        assert by_name[name]["only_first"] == (one.predicted & ~other.predicted)[:, i].sum()
+    changes = [tag["only_first"] + tag["only_second"] for tag in figures["tags"]]
     assert changes == sorted(changes, reverse=True)
-    post = found["differing_posts"][0]
+    post = figures["differing_posts"][0]
     row = int(post["post_id"][1:])
     assert post["only_first"] == [
-        name for name, only in zip(NAMES, one.given[row] & ~other.given[row], strict=True) if only
+        name
+        for name, only in zip(NAMES, one.predicted[row] & ~other.predicted[row], strict=True)
+        if only
     ]
 
 
@@ -378,18 +385,20 @@ def test_models_with_other_tags_are_compared_by_name() -> None:
     agreement = Agreement(("cat", "dog"), ("sea", "cat"))
     assert agreement.names == ("cat", "dog", "sea")
     agreement.add(["p"], one, other, np.array([[False, False, True]]), np.array([True]))
-    found = agreement.result()
-    assert list(found["tags_given"].values()) == [1, 2, 1, 0, 1]
-    assert found["scores"] == {
+    figures = agreement.result()
+    assert list(figures["tags_given"].values()) == [1, 2, 1, 0, 1]
+    assert figures["scores"] == {
         "compared": 1,
         "mean_abs_difference": pytest.approx(0.1),
         "correlation": None,
     }
-    assert found["differing_posts"] == [{"post_id": "p", "only_first": [], "only_second": ["sea"]}]
+    assert figures["differing_posts"] == [
+        {"post_id": "p", "only_first": [], "only_second": ["sea"]}
+    ]
     # The first does not know the label: third of three. The second has it behind a wrong tag.
-    assert found["gap"] == [pytest.approx(1 / 3), pytest.approx(1 / 2)]
+    assert figures["gap"] == [pytest.approx(1 / 3), pytest.approx(1 / 2)]
 
 
 def test_nothing_is_said_without_scores_or_labels() -> None:
-    found = Agreement((), ()).result()
-    assert (found["posts"], found["gap"], found["scores"]["correlation"]) == (0, None, None)
+    figures = Agreement((), ()).result()
+    assert (figures["posts"], figures["gap"], figures["scores"]["correlation"]) == (0, None, None)

@@ -36,24 +36,24 @@ def run_epochs(
 
 
 def curves(folder: Path) -> EventAccumulator:
-    found = EventAccumulator(str(folder / "log" / "tensorboard"))
-    found.Reload()
-    return found
+    events = EventAccumulator(str(folder / "log" / "tensorboard"))
+    events.Reload()
+    return events
 
 
 def test_scalars_stand_over_steps(tmp_path: Path) -> None:
     """Steps, epochs and validations share one axis, so that curves can be laid over each other."""
     run_epochs(tmp_path, 1, 3, 0.0)
-    found = curves(tmp_path)
-    assert sorted(found.Tags()["scalars"]) == [
+    events = curves(tmp_path)
+    assert sorted(events.Tags()["scalars"]) == [
         "epoch/loss",
         "epoch/seconds",
         "step/learning_rate",
         "step/loss",
         "valid/gap",
     ]
-    assert [point.step for point in found.Scalars("step/loss")] == [1, 2, 3, 4, 5, 6]
-    assert [(p.step, round(p.value, 6)) for p in found.Scalars("valid/gap")] == [
+    assert [point.step for point in events.Scalars("step/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [(p.step, round(p.value, 6)) for p in events.Scalars("valid/gap")] == [
         (2, 0.6),
         (4, 0.7),
         (6, 0.8),
@@ -80,8 +80,8 @@ def test_a_resume_inside_an_epoch_keeps_its_first_steps(tmp_path: Path) -> None:
     run = run_epochs(tmp_path, 1, 2, 0.0)
     run_epochs(tmp_path, 1, 0, 0.0, done=3, extra={"epoch": 2, "step": 2, "loss": 9.0})
     assert [p.step for p in curves(tmp_path).Scalars("step/loss")] == [1, 2, 3, 4]
-    found = [(e["epoch"], e["step"]) for e in read_run(run.path) if e["event"] == "step"]
-    assert found == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    steps = [(e["epoch"], e["step"]) for e in read_run(run.path) if e["event"] == "step"]
+    assert steps == [(1, 1), (1, 2), (2, 1), (2, 2)]
 
 
 def test_a_new_run_in_the_same_folder_hides_the_one_before(tmp_path: Path) -> None:
@@ -99,10 +99,10 @@ def test_curves_at_the_end(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     run.curves(chance.random((20, 3)) < 0.5, chance.random((20, 3)), [0.5, 0.7], at=3)
     run.close()
-    found = curves(tmp_path)
-    assert found.Tags()["histograms"] == ["valid/ap_of_tags"]
-    assert found.Histograms("valid/ap_of_tags")[0].step == 6
-    assert found.Tags()["tensors"] == ["valid/all_tags"]
+    events = curves(tmp_path)
+    assert events.Tags()["histograms"] == ["valid/ap_of_tags"]
+    assert events.Histograms("valid/ap_of_tags")[0].step == 6
+    assert events.Tags()["tensors"] == ["valid/all_tags"]
 
 
 def test_without_tensorboard_there_is_no_folder(tmp_path: Path) -> None:

@@ -70,13 +70,13 @@ def test_a_model_of_two_streams_equals_a_numpy_forward(name: str) -> None:
         logits, own = FORWARDS[name](weights, post)
         np.testing.assert_allclose(said.logits[i], logits, atol=2e-5)
         assert set(own) == set(post.arrays)
-        for stream, wanted in own.items():
-            np.testing.assert_allclose(said.own[stream][i], wanted, atol=2e-5)  # type: ignore[index]
+        for stream, expected in own.items():
+            np.testing.assert_allclose(said.own[stream][i], expected, atol=2e-5)  # type: ignore[index]
 
 
 def test_without_video_hides_both_streams() -> None:
-    found = schema().arrays(features(), frozenset({"video"}))
-    assert set(found) == {"image", "audio", "text", "ocr"}
+    arrays = schema().arrays(features(), frozenset({"video"}))
+    assert set(arrays) == {"image", "audio", "text", "ocr"}
     assert set(schema().arrays(features())) == set(DIMS)
 
 
@@ -86,23 +86,27 @@ def test_images_join_the_rows_and_not_the_vector() -> None:
     joined = schema(image_as_frames=True)
     assert dict(joined.dims) == dims
     post = features(video=3, image=2)
-    found = joined.arrays(post)
-    assert len(found["video"]) == 5
-    np.testing.assert_array_equal(found["video_lstm"], post.arrays["video_lstm"])
+    arrays = joined.arrays(post)
+    assert len(arrays["video"]) == 5
+    np.testing.assert_array_equal(arrays["video_lstm"], post.arrays["video_lstm"])
 
 
 def test_modality_dropout_drops_both_streams_together() -> None:
-    there, nothing = torch.ones(400, 2, dtype=torch.bool), torch.zeros(400, 2, dtype=torch.bool)
+    present, absent = torch.ones(400, 2, dtype=torch.bool), torch.zeros(400, 2, dtype=torch.bool)
     torch.manual_seed(0)
-    for audio, chance in ((there, 0.5), (nothing, 0.99)):
+    for audio, chance in ((present, 0.5), (absent, 0.99)):
         drop = ModalityDropout(chance).train()
-        masks: dict[Stream, torch.Tensor] = {"video": there, "video_lstm": there, "audio": audio}
-        kept = {s: mask.any(dim=1) for s, mask in drop(masks).items()}
-        assert torch.equal(kept["video"], kept["video_lstm"])
-        assert (kept["video"] | kept["audio"]).all()
-        if audio is there:
-            assert 0.2 < (~kept["video"]).float().mean() < 0.5
-            assert not torch.equal(kept["video"], kept["audio"])
+        masks: dict[Stream, torch.Tensor] = {
+            "video": present,
+            "video_lstm": present,
+            "audio": audio,
+        }
+        stays = {s: mask.any(dim=1) for s, mask in drop(masks).items()}
+        assert torch.equal(stays["video"], stays["video_lstm"])
+        assert (stays["video"] | stays["audio"]).all()
+        if audio is present:
+            assert 0.2 < (~stays["video"]).float().mean() < 0.5
+            assert not torch.equal(stays["video"], stays["audio"])
 
 
 def test_hidden_streams_have_no_loss_of_their_own() -> None:
@@ -118,14 +122,16 @@ def test_hidden_streams_have_no_loss_of_their_own() -> None:
     total = objective(batch)
     torch.manual_seed(6)
     said = made.outputs(batch)
-    assert torch.equal(said.there["video"], said.there["video_lstm"])
-    assert 0 < said.there["video"].sum() < 8
-    wanted = binary_cross_entropy_with_logits(said.logits, batch.targets)
-    for stream, there in said.there.items():
-        if there.any():
-            own = binary_cross_entropy_with_logits(said.own[stream][there], batch.targets[there])
-            wanted = wanted + own * there.float().mean()
-    torch.testing.assert_close(total, wanted)
+    assert torch.equal(said.present["video"], said.present["video_lstm"])
+    assert 0 < said.present["video"].sum() < 8
+    expected = binary_cross_entropy_with_logits(said.logits, batch.targets)
+    for stream, present in said.present.items():
+        if present.any():
+            own = binary_cross_entropy_with_logits(
+                said.own[stream][present], batch.targets[present]
+            )
+            expected = expected + own * present.float().mean()
+    torch.testing.assert_close(total, expected)
 
 
 def test_a_bundle_carries_streams(tmp_path: Path) -> None:
@@ -159,8 +165,8 @@ def test_the_manifest_takes_every_stream_of_the_modalities_asked_for() -> None:
     posts = [features(str(i)) for i in range(40)]
     reader = _Reader(posts={post.post_id: post for post in posts})
     records = [Record(post.post_id) for post in posts]
-    found = find_manifest(records, reader, DataSettings(modalities=("video", "text")))
-    assert dict(found.dims) == {"video": 12, "video_lstm": 9, "text": 10}
+    manifest = find_manifest(records, reader, DataSettings(modalities=("video", "text")))
+    assert dict(manifest.dims) == {"video": 12, "video_lstm": 9, "text": 10}
     assert len(reader.reads) < 10
     plain = _Reader(posts={str(i): support.features(str(i)) for i in range(40)})
     dims = find_manifest(records, plain, DataSettings(modalities=("video", "text"))).dims

@@ -32,8 +32,8 @@ def embed(texts: Sequence[str]) -> npt.NDArray[np.float32]:
     """A sentence encoder of one direction a word, and one that all texts share."""
     words = {name: np.eye(DIM)[i] for i, name in enumerate((*NAMES, "new", "other"))}
     rows = [np.eye(DIM)[-1] + sum(words.get(w, np.zeros(DIM)) for w in t.split()) for t in texts]
-    found = np.stack(rows).astype(np.float32)
-    unit: npt.NDArray[np.float32] = found / np.linalg.norm(found, axis=1, keepdims=True)
+    vectors = np.stack(rows).astype(np.float32)
+    unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit
 
 
@@ -80,20 +80,20 @@ def data_file(
 
 
 def made(posts: PostList | None = None, *tags: Any) -> Bundle:
-    given = texts(*tags)
-    rows = dict.fromkeys(STREAMS, TagRows.of(given, embed))
-    return zero_shot(given, rows, manifest(), posts, FeatureFiles(), name="z")
+    tag_texts = texts(*tags)
+    rows = dict.fromkeys(STREAMS, TagRows.of(tag_texts, embed))
+    return zero_shot(tag_texts, rows, manifest(), posts, FeatureFiles(), name="z")
 
 
 def test_name_synonyms_and_descriptions_count_alike() -> None:
     """However many there are of each; a tag without has what is left."""
     tag = {"name": "tag1", "synonyms": ["tag2"] * 3, "descriptions": ["other", "other other"]}
-    given = TagTexts.model_validate({"templates": ["{}", "a {}"], "tags": [tag, "tag3"]})
-    one, two = TagRows.of(given, embed).vectors.numpy()
+    tag_texts = TagTexts.model_validate({"templates": ["{}", "a {}"], "tags": [tag, "tag3"]})
+    one, two = TagRows.of(tag_texts, embed).vectors.numpy()
     np.testing.assert_allclose(two, embed(["tag3"])[0], atol=1e-6)
     parts = [embed(["tag1"])[0], embed(["tag2"])[0], embed(["other", "other other"]).mean(axis=0)]
-    wanted = sum(part / np.linalg.norm(part) for part in parts)
-    np.testing.assert_allclose(one, wanted / np.linalg.norm(wanted), atol=1e-6)
+    total = sum(part / np.linalg.norm(part) for part in parts)
+    np.testing.assert_allclose(one, total / np.linalg.norm(total), atol=1e-6)
 
 
 def names_of(bundle: Bundle, *posts: Features) -> list[set[str]]:

@@ -76,8 +76,8 @@ def test_shape_that_cannot_be_read_is_named_once(
 ) -> None:
     fields = FieldMap(**{**paths, "videos": "clips"})
     document = {**document, "clips": "v"}
-    post, found = read_fields("p", document, fields)
-    assert found == [unread]
+    post, problems = read_fields("p", document, fields)
+    assert problems == [unread]
     assert post.media == (Media("video", "v"),)
     with structlog.testing.capture_logs() as logs:
         for _ in range(3):

@@ -72,7 +72,7 @@ def test_posts_with_media_and_long_texts_wait_for_room() -> None:
     room = Room(2)
     assert room.admits(post("a", media=3))
     assert room.admits(post("a", media=3))
-    assert room.left == 1
+    assert room.free == 1
     assert room.admits(post("b", media=1))
     assert not room.admits(post("c", media=1))
     assert all(room.admits(post(f"text-{i}", "some text")) for i in range(100))

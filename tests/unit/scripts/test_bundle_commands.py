@@ -64,20 +64,20 @@ def test_a_list_names_every_kind_of_bundle(shop: Shop, capsys: pytest.CaptureFix
     (shop.write("broken", "20260102T000000Z") / "labels.json").unlink()
     capsys.readouterr()
     assert shop.run("list", "--json") == 0
-    found = {Path(each["folder"]).name: each for each in printed(capsys)}
-    kept = next(name for name in found if name.startswith("insight.2026"))
-    states = {name: each["state"] for name, each in found.items()}
+    by_name = {Path(each["folder"]).name: each for each in printed(capsys)}
+    copy = next(name for name in by_name if name.startswith("insight.2026"))
+    states = {name: each["state"] for name, each in by_name.items()}
     assert states == {
         "broken": "",
         "insight": "served",
-        kept: "kept",
+        copy: "kept",
         "insight.shadow": "shadow",
         "new": "",
     }
-    assert found["insight"]["gap"] == 0.8
-    assert found[kept]["gap"] == 0.7
-    assert found["insight"]["version"] == newest_version(shop.folder / "new")
-    assert "labels.json: is missing" in found["broken"]["error"]
+    assert by_name["insight"]["gap"] == 0.8
+    assert by_name[copy]["gap"] == 0.7
+    assert by_name["insight"]["version"] == newest_version(shop.folder / "new")
+    assert "labels.json: is missing" in by_name["broken"]["error"]
     assert shop.run("list") == 0
     assert "labels.json: is missing" in capsys.readouterr().out
 
@@ -167,24 +167,24 @@ def test_differences_are_named(shop: Shop, capsys: pytest.CaptureFixture[str]) -
     thresholds[0] = 0.25
     other = shop.write("other", NEW, labels=LabelMap(names), thresholds=thresholds)
     assert shop.run("diff", str(shop.served), str(other), "--json") == 0
-    found = printed(capsys)
-    assert found["labels"]["added"] == ["new tag"]
-    assert found["labels"]["removed"] == ["tag0"]
-    assert found["labels"]["renumbered"] == list(names[:-1])
-    assert found["thresholds"]["tag1"][1] == 0.25
-    assert found["features"] == {}
-    assert found["metrics"] == {"gap": [0.7, None]}
-    assert found["weights"] == "other"
+    differences = printed(capsys)
+    assert differences["labels"]["added"] == ["new tag"]
+    assert differences["labels"]["removed"] == ["tag0"]
+    assert differences["labels"]["renumbered"] == list(names[:-1])
+    assert differences["thresholds"]["tag1"][1] == 0.25
+    assert differences["features"] == {}
+    assert differences["metrics"] == {"gap": [0.7, None]}
+    assert differences["weights"] == "other"
     assert shop.run("diff", str(other)) == 0
     assert "+ tags added: tag0" in capsys.readouterr().out
 
 
 def test_a_bundle_is_shown_with_its_tags(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     assert shop.run("show", "--json") == 0
-    found = printed(capsys)
-    assert (found["state"], found["tags"], found["metrics"]) == ("served", 6, {"gap": 0.7})
-    assert list(found["thresholds"]) == list(support.LABELS.names)
-    assert found["features"]["text"]["fingerprint"] == "text-1"
+    shown = printed(capsys)
+    assert (shown["state"], shown["tags"], shown["metrics"]) == ("served", 6, {"gap": 0.7})
+    assert list(shown["thresholds"]) == list(support.LABELS.names)
+    assert shown["features"]["text"]["fingerprint"] == "text-1"
     assert shop.run("show") == 0
     out = capsys.readouterr().out
     assert "served" in out
@@ -195,10 +195,10 @@ def test_copies_of_bundles_are_kept_up_to_a_number(shop: Shop) -> None:
     """The latest stay, and with them the way back."""
     for number in range(MOST_KEPT + 3):
         assert shop.run("use", str(shop.folder / "new")) == 0, number
-    kept = list(kept_bundles(shop.served))
-    assert len(kept) == MOST_KEPT
+    copies = list(kept_bundles(shop.served))
+    assert len(copies) == MOST_KEPT
     served = newest_version(shop.served)
-    assert shop.run("rollback", str(kept[-1])) == 0
+    assert shop.run("rollback", str(copies[-1])) == 0
     assert newest_version(next(kept_bundles(shop.served))) == served
 
 
@@ -229,11 +229,11 @@ def test_bundles_are_compared_on_labels(shop: Shop, capsys: pytest.CaptureFixtur
     other = shop.write("other", NEW)  # of fresh weights
     data = support.write_posts(shop.folder / "data", "valid", 12, seed=3)
     assert shop.run("compare", str(shop.served), str(other), "--data", str(data), "--json") == 0
-    found = printed(capsys)
-    assert found["posts"] == found["labelled"] == 12
-    assert found["scores"]["compared"] == 12 * support.CLASSES
+    figures = printed(capsys)
+    assert figures["posts"] == figures["labelled"] == 12
+    assert figures["scores"]["compared"] == 12 * support.CLASSES
     reader, records = FeatureFiles(None), support.records(data)
-    for gap, folder in zip(found["gap"], (shop.served, other), strict=True):
+    for gap, folder in zip(figures["gap"], (shop.served, other), strict=True):
         inferer = Inferer.load(folder)
         posts = [reader.features(r.post_id, r.features, inferer.fingerprints) for r in records]
         truth = [[float(name in r.labels) for name in support.LABELS.names] for r in records]
@@ -252,11 +252,11 @@ def test_two_outputs_are_compared_by_tags(shop: Shop, capsys: pytest.CaptureFixt
     files[0].write_text("\n".join([line("p", a=0.9, b=0.8), line("q", a=0.7), line("r")]))
     files[1].write_text("\n".join([line("q", a=0.5), line("p", a=0.6), line("s", b=1)]))
     assert shop.run("compare", *map(str, files), "--json") == 0
-    found = printed(capsys)
-    assert (found["posts"], found["same_tags"]) == (2, 1)
-    assert found["scores"]["mean_abs_difference"] == pytest.approx(0.25)
-    assert found["differing_posts"] == [{"post_id": "p", "only_first": ["b"], "only_second": []}]
-    assert found["gap"][1] == 1.0
+    figures = printed(capsys)
+    assert (figures["posts"], figures["same_tags"]) == (2, 1)
+    assert figures["scores"]["mean_abs_difference"] == pytest.approx(0.25)
+    assert figures["differing_posts"] == [{"post_id": "p", "only_first": ["b"], "only_second": []}]
+    assert figures["gap"][1] == 1.0
 
 
 def test_what_is_copied_over_the_source_later_is_not_served(shop: Shop) -> None:

@@ -24,13 +24,13 @@ _LEVEL = "INSIGHTTAG_LOG__LEVEL"
 def levels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Log levels of the settings that ``insighttag status`` loads."""
     monkeypatch.delenv(_LEVEL, raising=False)
-    found: list[str] = []
+    loaded: list[str] = []
 
     def status() -> None:
-        found.append(load_settings().log.level)
+        loaded.append(load_settings().log.level)
 
     monkeypatch.setattr(status_module, "status", status)
-    return found
+    return loaded
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_settings_of_a_new_project_are_those_of_its_preset(
     preset: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a terminal nothing is asked: the preset is small."""
-    given = [] if preset is None else ["--preset", preset]
-    assert run(["init", str(tmp_path / "mine"), *given]) == 0
+    options = [] if preset is None else ["--preset", preset]
+    assert run(["init", str(tmp_path / "mine"), *options]) == 0
     monkeypatch.chdir(tmp_path / "mine")
     expected = load_settings()
     text = Path("config/infer_config_e2e.yaml").read_text()

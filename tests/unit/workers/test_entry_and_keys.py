@@ -29,13 +29,13 @@ def arrays() -> dict[str, np.ndarray]:
 
 def test_entry_comes_back() -> None:
     entry = Entry(arrays(), "猫 \ud83d\nx", {"parts": ["frames"], "at": 1.5})
-    found = decode(KEY, encode(KEY, entry))
-    assert (found.text, found.facts) == (entry.text, entry.facts)
-    assert list(found.arrays) == list(entry.arrays)
+    decoded = decode(KEY, encode(KEY, entry))
+    assert (decoded.text, decoded.facts) == (entry.text, entry.facts)
+    assert list(decoded.arrays) == list(entry.arrays)
     for name, array in entry.arrays.items():
-        assert found.arrays[name].dtype == np.float16
-        assert found.arrays[name].shape == array.shape
-        assert found.arrays[name].tobytes() == array.tobytes()
+        assert decoded.arrays[name].dtype == np.float16
+        assert decoded.arrays[name].shape == array.shape
+        assert decoded.arrays[name].tobytes() == array.tobytes()
 
 
 def test_changed_bytes_are_no_entry() -> None:
@@ -123,11 +123,11 @@ def test_what_changes_a_result_changes_its_key(change: dict[str, Any], changed: 
 
 def test_keys_are_all_different() -> None:
     keys = Keys(Settings.model_validate(BASE))
-    found = list(keys_of().values())
-    found += [keys.stream(SHA, "image", "image", "g"), keys.stream(KEY, "image", "image", "f")]
-    found += [keys.text("t", "g"), keys.text("u", "f"), keys.text("\ud800", "f")]
-    assert len(set(found)) == len(found)
-    assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in found)
+    all_keys = list(keys_of().values())
+    all_keys += [keys.stream(SHA, "image", "image", "g"), keys.stream(KEY, "image", "image", "f")]
+    all_keys += [keys.text("t", "g"), keys.text("u", "f"), keys.text("\ud800", "f")]
+    assert len(set(all_keys)) == len(all_keys)
+    assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in all_keys)
 
 
 class Flaky(CacheStore):

@@ -127,7 +127,7 @@ def test_batch_sizes_are_no_other_encoders() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "decoders", "slots", "processes"),
+    ("values", "decoders", "slots", "processes"),
     [
         ({"decode": {"processes": 5}}, 5, 24, [1, 2]),
         ({"workers": {"slots": 17}}, 1, 17, [1, 2]),
@@ -135,10 +135,10 @@ def test_batch_sizes_are_no_other_encoders() -> None:
     ],
 )
 def test_what_the_settings_name_goes_before_it(
-    tmp_path: Path, given: dict[str, Any], decoders: int, slots: int, processes: list[int]
+    tmp_path: Path, values: dict[str, Any], decoders: int, slots: int, processes: list[int]
 ) -> None:
     file = tmp_path / "host.yaml"
-    settings = settings_with(file, **given)
+    settings = settings_with(file, **values)
     write_measured(file, TWO, settings.features, TUNED, {})
     chosen = place(settings, TWO).settings
     assert (chosen.decode.processes, chosen.workers.slots) == (decoders, slots)

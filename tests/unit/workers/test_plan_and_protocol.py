@@ -143,7 +143,7 @@ def test_media_beyond_the_limit_are_left_out_and_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "text", "read", "wanted"),
+    ("mode", "text", "read", "expected"),
     [
         ("separate", "own", "sign", {"text": "own", "ocr": "sign"}),
         ("separate", "own", " ", {"text": "own"}),
@@ -155,14 +155,14 @@ def test_media_beyond_the_limit_are_left_out_and_counted() -> None:
     ],
 )
 def test_ocr_modes(
-    mode: Literal["separate", "append"], text: str, read: str, wanted: dict[str, str]
+    mode: Literal["separate", "append"], text: str, read: str, expected: dict[str, str]
 ) -> None:
     """Text read in pictures stands alone or joins the post's; empty text is not embedded."""
     plan = plan_of(Post("p", text, (IMAGE,)), FeatureSettings(ocr_mode=mode))
-    assert texts(walk(plan, read=read)) == wanted
+    assert texts(walk(plan, read=read)) == expected
     features = plan.features()
     assert features.statuses["ocr"] == ("ok" if read.strip() else "missing")
-    assert ("ocr" in features.arrays) == ("ocr" in wanted)
+    assert ("ocr" in features.arrays) == ("ocr" in expected)
     assert features.ocr_text == (read.strip() or None)
 
 
@@ -429,12 +429,12 @@ def test_a_video_gives_two_streams_under_one_status() -> None:
             vector = np.full((1, 7), fill, np.float16)
             result = Extracted(np.full((3, 5), fill, np.float16), also={"video_lstm": vector})
         steps += plan.done(step, result)
-    found = plan.features()
-    assert found.statuses["video"] == "ok"
-    assert set(found.statuses) == {"video", "image", "audio", "text", "ocr"}
-    assert found.arrays["video"][:, 0].tolist() == [0, 0, 0, 1, 1, 1]
-    assert found.arrays["video_lstm"][:, 0].tolist() == [0, 1]
-    assert found.arrays["video_lstm"].shape == (2, 7)
+    features = plan.features()
+    assert features.statuses["video"] == "ok"
+    assert set(features.statuses) == {"video", "image", "audio", "text", "ocr"}
+    assert features.arrays["video"][:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert features.arrays["video_lstm"][:, 0].tolist() == [0, 1]
+    assert features.arrays["video_lstm"].shape == (2, 7)
 
 
 def test_a_video_without_frames_has_no_stream() -> None:
@@ -448,14 +448,14 @@ def test_a_video_without_frames_has_no_stream() -> None:
             empty = np.empty((0, 7), np.float16)
             result = Extracted(empty, also={"video_lstm": empty})
         steps += plan.done(step, result)
-    found = plan.features()
-    assert "video" not in found.arrays
-    assert "video_lstm" not in found.arrays
-    assert found.statuses["video"] == "missing"
+    features = plan.features()
+    assert "video" not in features.arrays
+    assert "video_lstm" not in features.arrays
+    assert features.statuses["video"] == "missing"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "settings", "expected"),
+    ("modalities", "settings", "expected"),
     [
         (("audio",), SEPARATE, ["audio for audio"] * 2 + ["fetch audio", "fetch video"]),
         (("image",), SEPARATE, ["fetch image", "image for image"]),
@@ -477,18 +477,18 @@ def test_a_video_without_frames_has_no_stream() -> None:
     ],
 )
 def test_only_what_is_needed_is_done(
-    wanted: tuple[Modality, ...], settings: FeatureSettings, expected: list[str]
+    modalities: tuple[Modality, ...], settings: FeatureSettings, expected: list[str]
 ) -> None:
     """Media that no wanted modality needs are not fetched; pictures are read for text alone."""
-    plan = partly(*wanted, settings=settings)
+    plan = partly(*modalities, settings=settings)
     steps = walk(plan)
     assert done(steps) == expected
-    found = plan.features()
+    features = plan.features()
     tasks = [step.task for step in steps if isinstance(step.task, ExtractTask)]
-    assert set(found.arrays) == {task.modality for task in tasks if task.extractor != "ocr"}
-    for modality, status in found.statuses.items():
-        assert status == ("ok" if modality in found.arrays else "missing")
-    assert not found.failures
+    assert set(features.arrays) == {task.modality for task in tasks if task.extractor != "ocr"}
+    for modality, status in features.statuses.items():
+        assert status == ("ok" if modality in features.arrays else "missing")
+    assert not features.failures
 
 
 def test_all_modalities_wanted_is_the_whole_post() -> None:
@@ -508,18 +508,18 @@ def test_failures_of_others_are_left_out() -> None:
     [decode] = plan.done(fetch, Fetched("/spool/v", 1))
     assert isinstance(decode.task, DecodeTask)
     assert plan.done(decode, Decoded((), {"video": BROKEN})) == []
-    found = plan.features()
-    assert found.failures == {}
-    assert found.statuses["audio"] == "missing"
+    features = plan.features()
+    assert features.failures == {}
+    assert features.statuses["audio"] == "missing"
 
 
 def test_a_lost_file_fails_what_was_wanted_of_it() -> None:
     plan = partly("audio", post=Post("p", media=(Media("video", "v"),)))
     walk(plan, {"fetch": GONE})
-    found = plan.features()
-    assert found.failures == {"audio": GONE}
-    assert found.statuses["audio"] == "failed"
-    assert found.statuses["video"] == "missing"
+    features = plan.features()
+    assert features.failures == {"audio": GONE}
+    assert features.statuses["audio"] == "failed"
+    assert features.statuses["video"] == "missing"
     whole = PostPlan(Post("p", media=(Media("video", "v"),)), SEPARATE, max_media=9)
     walk(whole, {"fetch": GONE})
     with pytest.raises(NothingUsable):  # of a whole post nothing would be left

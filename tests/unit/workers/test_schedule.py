@@ -113,18 +113,18 @@ def test_on_a_cpu_one_batch_of_any_queue_waits_for_a_worker(
 
 
 @pytest.mark.parametrize(
-    ("device", "share", "wanted"),
+    ("device", "share", "expected"),
     [
         ("cpu", True, {"video": 3, "image": 2, "text": 8, "audio": 64, "ocr": 2}),
         ("cuda:0", True, {"video": 32, "image": 2, "text": 16, "audio": 64, "ocr": 2}),
         ("cpu", False, {"video": 1, "image": 1, "text": 1, "audio": 1, "ocr": 1}),
     ],
 )
-def test_batches_are_small_on_a_cpu(device: str, share: bool, wanted: dict[str, int]) -> None:
+def test_batches_are_small_on_a_cpu(device: str, share: bool, expected: dict[str, int]) -> None:
     workers = {"extractors": [{"device": device, "threads": 2}], "share_batches": share}
     features = {"image": {"batch_size": 2}}
     rows = batch_rows(Settings.model_validate({"workers": workers, "features": features}))
-    assert {name: rows[name] for name in wanted} == wanted
+    assert {name: rows[name] for name in expected} == expected
 
 
 def test_posts_are_gathered_for_fusion_while_much_else_is_open() -> None:

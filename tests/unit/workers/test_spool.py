@@ -24,16 +24,16 @@ def test_spool_is_private_and_ends_with_its_king(tmp_path: Path) -> None:
 
 def test_spool_removes_what_a_dead_downloader_left(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    kept = spool.folder / file_name(12)
-    left = spool.folder / file_name(1)
+    of_another = spool.folder / file_name(12)
+    of_task = spool.folder / file_name(1)
     outside = tmp_path / "outside"
-    for path in (kept, left, outside):
+    for path in (of_another, of_task, outside):
         path.write_text("x")
     spool.remove_of([1, 2])
-    assert (kept.exists(), left.exists()) == (True, False)
+    assert (of_another.exists(), of_task.exists()) == (True, False)
     spool.remove(str(outside))
     assert outside.exists()
-    spool.remove(str(kept))
-    assert not kept.exists()
+    spool.remove(str(of_another))
+    assert not of_another.exists()
     assert file_name(1) != file_name(1)
     spool.close()

@@ -57,16 +57,16 @@ def test_stages_have_their_share_of_the_cores(
     cpus: int, free_mb: float, gpus: tuple[str, ...], gpu_s: float, expected: dict[str, Any]
 ) -> None:
     host = Host("c", cpus, 512, gpus)
-    found = candidates(Settings(), host, REALISTIC, gpu_s=gpu_s, free_mb=free_mb)
-    del found["rule"]
-    assert {name: numbers(values) for name, values in found.items()} == expected
+    placements = candidates(Settings(), host, REALISTIC, gpu_s=gpu_s, free_mb=free_mb)
+    del placements["rule"]
+    assert {name: numbers(values) for name, values in placements.items()} == expected
 
 
 def test_without_ocr_no_process_has_it() -> None:
     settings = Settings.model_validate({"features": {"ocr": {"enabled": False}}})
     stages = [each for each in REALISTIC if each.name != "ocr"]
-    found = candidates(settings, Host("c", 2, 24), stages, gpu_s=0, free_mb=20_000)
-    assert numbers(found["processes"]) == (1, [("cpu", 2, 1)])
+    placements = candidates(settings, Host("c", 2, 24), stages, gpu_s=0, free_mb=20_000)
+    assert numbers(placements["processes"]) == (1, [("cpu", 2, 1)])
 
 
 @pytest.mark.parametrize(
