@@ -67,7 +67,7 @@ class PostList(Sequence[Record]):
                 if entry.start >> 20 > done_mb:
                     bar.advance((entry.start >> 20) - done_mb)
                     done_mb = entry.start >> 20
-                labelled = _wanted(entry, path, labels, skip)
+                labelled = _id_and_labels(entry, path, labels, skip)
                 if labelled is not None:
                     post_id, tags = labelled
                     places.extend((0, entry.start, entry.size, post_hash(post_id)))
@@ -281,7 +281,7 @@ class _Lacking:
         return chosen
 
 
-def _wanted(
+def _id_and_labels(
     entry: Entry, path: Path, labels: LabelMap, skip: Skip | None
 ) -> tuple[str, list[int]] | None:
     """Return an entry's ID and labels; None leaves it out."""
