@@ -1,12 +1,12 @@
 """Hold the encoders' forward passes against plain torch, and against what the device can multiply.
 
 Of each encoder: items/s as our extractor runs it (its preprocessing, precision and copies
-included), of the same network in plain eager float32, in pure bf16, compiled bf16 where that works,
-and the arithmetic limit: the FLOP/s of a large matrix product in the arithmetic that ours takes,
-over the FLOP of an item. On a CPU one thread, and CPU time, since other work on the machine takes
-caches away; on a GPU the time by the clock. The best of some runs. Weights do not change the cost,
-so that those which are not here are random. OCR, which has no plain counterpart, reads a picture of
-960x720 with one line.
+included), with ``engine: compile`` too, of the same network in plain eager float32, in pure bf16,
+compiled bf16 where that works, and the arithmetic limit: the FLOP/s of a large matrix product in
+the arithmetic that ours takes, over the FLOP of an item. On a CPU one thread, and CPU time, since
+other work on the machine takes caches away; on a GPU the time by the clock. The best of some runs.
+Weights do not change the cost, so that those which are not here are random. OCR, which has no plain
+counterpart, reads a picture of 960x720 with one line.
 
 Run: ``python bench/forward.py [--device cpu] [--runs N] [--batch N] [--compile] [--small]``; needs
 the packages of ``pip install '.[small]'``.
@@ -182,10 +182,15 @@ def measure(
         features = features.model_copy(update={name: section})
     given = items(features, name, count)
     rows = len(given) * (_PATCHES if name == "audio" else 1)
-    suite = ExtractorSuite(features, device, (name,), threads=1)
-    suite.load()
-    ours = clock.per_s(lambda: suite.run(name, given), rows)
-    suite.close()
+
+    def our_rate(features: FeatureSettings) -> float:
+        suite = ExtractorSuite(features, device, (name,), threads=1)
+        suite.load()
+        rate = clock.per_s(lambda: suite.run(name, given), rows)
+        suite.close()
+        return rate
+
+    ours = our_rate(features)
     [arch] = [need.arch for need in needs(features) if name in need.modalities] or [name]
     row: dict[str, Any] = {
         "preset": preset,
@@ -199,6 +204,10 @@ def measure(
     if name == "ocr":
         return row
     arithmetic = resolve_precision(section.precision, device, setting=f"features.{name}")
+    if compiled:
+        section = section.model_copy(update={"engine": "compile"})
+        rate = our_rate(features.model_copy(update={name: section}))
+        row["ours_compiled_per_s"] = round(rate, 2)
     network, inputs = plain_network(features, name, device)
     rates = plain_rates(clock, network, inputs, rows, compiled=compiled)
     flop = flop_of(network, inputs)
@@ -241,7 +250,13 @@ def main(arguments: list[str] | None = None) -> int:
         for name in names:
             rows.append(measure(preset, name, clock, options.batch, compiled=compiled))  # type: ignore[arg-type]
             print(rows[-1], file=sys.stderr)
-    rates = ("items_per_s", "eager_fp32_per_s", "bf16_per_s", "bf16_compiled_per_s")
+    rates = (
+        "items_per_s",
+        "ours_compiled_per_s",
+        "eager_fp32_per_s",
+        "bf16_per_s",
+        "bf16_compiled_per_s",
+    )
     columns = ("encoder", "device", *rates, "limit_per_s", "share_of_limit")
     print_table("items/s", columns, [[row.get(c) for c in columns] for row in rows])
     return finish("forward", options.runs, rows, options.out, check=not options.small)

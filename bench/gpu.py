@@ -3,7 +3,8 @@
 ``key 2 s, auto``      realistic posts through the daemon (embedded services, ViT-L/16, VGGish,
                        MiniLM, OCR), clips with a key frame every 2 s, `features.video.decode: auto`
 ``key 5 s, accurate``  the same with a key frame every 5 s and `accurate`
-``ViT-L/16``           pictures/s through our extractor, next to plain torch (`bench/forward.py`)
+``ViT-L/16``           pictures/s through our extractor, also with `engine: compile`, next to plain
+                       torch (`bench/forward.py`)
 ``OCR``                pictures/s of the torch engine on the GPU, and of 8 workers on the CPU
 ``parity``             the least cosine of features with those of float32 on the CPU
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.errors import ConfigError
 
@@ -38,7 +40,8 @@ def resolve_precision(precision: Precision, device: str, *, setting: str) -> Ari
             return "bf16" if cpu_has_bf16() else "fp32"
         import torch
 
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        with torch.cuda.device(device):  # it asks about the current one
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if precision == "fp16" and device == "cpu":
         raise ConfigError(f"{setting}: fp16 needs a CUDA device; use auto, bf16 or fp32 on the CPU")
     return precision
@@ -62,3 +65,48 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def torch_dtype(arithmetic: Arithmetic) -> torch.dtype:
+    """Return the torch dtype of an arithmetic."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arithmetic]
+
+
+def autocast(device: str, arithmetic: Arithmetic) -> AbstractContextManager[Any]:
+    """Use mixed precision for one forward pass; do nothing for fp32."""
+    if arithmetic == "fp32":
+        return nullcontext()
+    import torch
+
+    return torch.autocast(device.partition(":")[0], dtype=torch_dtype(arithmetic))
+
+
+def copy_in_half(model: torch.nn.Module, arithmetic: Arithmetic, *, whole: bool) -> Any:
+    """Return a copy of a float32 model with parameters in half precision; the rest is copied.
+
+    Args:
+        model: It stays as it is, and so do its buffers that are not saved: positions of rotary
+            embeddings lose their last digits in half precision.
+        arithmetic: ``bf16`` or ``fp16``.
+        whole: Everything that is saved. Otherwise the weights of products and convolutions alone,
+            for passes under `autocast`, which would cast them again each time; subclasses of these
+            layers may compute on their weights, which stay float32.
+    """
+    from torch import nn
+
+    layers = [
+        module for module in model.modules() if whole or type(module) in (nn.Linear, nn.Conv2d)
+    ]
+    dtype = torch_dtype(arithmetic)
+    memo: dict[int, Any] = {}  # what deepcopy takes as copied already: float32 is not held twice
+    for module in layers:
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), False)
+        for name, buffer in module.named_buffers(recurse=False):
+            saved = name not in module._non_persistent_buffers_set
+            if saved and buffer.is_floating_point():
+                memo[id(buffer)] = buffer.to(dtype)
+    return copy.deepcopy(model, memo)

@@ -10,7 +10,7 @@ from common.precision import Precision
 from config.presets import Preset, with_preset
 from config.section import PositiveInt, Seconds, Section
 
-Engine = Literal["auto", "torch"]
+Engine = Literal["auto", "torch", "compile"]
 Pooling = Literal["tokens", "cls", "mean", "last"]
 ExtractorName = Literal["video", "image", "audio", "text", "ocr", "asr"]
 
@@ -28,7 +28,8 @@ class VisualSettings(Section):
     """Pictures that the model takes at once; on a CPU 3 at most."""
     precision: Precision = "auto"
     engine: Engine = "auto"
-    """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch."""
+    """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch.
+    ``compile``: torch.compile, on any device; a start takes a minute longer, or several."""
     trust_remote_code: bool = False
     """Run the Python code that a transformers model brings along; the log says so."""
 
@@ -103,7 +104,8 @@ class AudioSettings(Section):
     batch_size: PositiveInt = 64
     precision: Precision = "auto"
     engine: Engine = "auto"
-    """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch."""
+    """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch.
+    ``compile``: torch.compile, on any device; a start takes a minute longer, or several."""
     trust_remote_code: bool = False
     """Run the Python code that a transformers model brings along; the log says so."""
 
@@ -126,7 +128,8 @@ class TextSettings(Section):
     """Texts that the model takes at once; those of several posts on a CPU 8 at most."""
     precision: Precision = "auto"
     engine: Engine = "auto"
-    """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch."""
+    """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch.
+    ``compile``: torch.compile, on any device; a start takes a minute longer, or several."""
     trust_remote_code: bool = False
     """Run the Python code that a transformers model brings along; the log says so."""
 

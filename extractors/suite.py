@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ALL_EXTRACTORS: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr", "asr")
 
+_OF_BACKBONE = {"arch", "weights", "image_size", "precision", "engine"}
+
 _log = structlog.get_logger()
 
 
@@ -140,7 +142,8 @@ class ExtractorSuite:
                     from extractors.models.transformers_video import ClipExtractor
 
                     return ClipExtractor(features.video, device)
-                key = (settings.arch, settings.weights, settings.image_size, settings.precision)
+                values = settings.model_dump(include=_OF_BACKBONE)
+                key = tuple(values.values())
                 backbone = self._backbones.setdefault(key, make_backbone(name, settings, device))
                 if name == "video":
                     return VideoExtractor(features.video, device, backbone=backbone)

@@ -21,13 +21,15 @@ import torch
 from common.errors import ConfigError, FeatureError
 from common.fingerprint import digest
 from common.post import FeatureArray
+from common.precision import autocast
 from config.features import AsrSettings, ExtractorName
-from extractors.models.base import Extractor, Rows, autocast
+from extractors.models.base import Extractor, Rows
 from extractors.models.from_transformers import (
     TransformersEncoder,
     processor_digest,
     tokenizer_digest,
 )
+from extractors.models.spectrograms import WhisperSpectrograms
 from extractors.parts import SPEECH
 
 _SETTING = "features.asr"
@@ -111,12 +113,11 @@ class Whisper(TransformersEncoder):
         size = self._settings.batch_size
         for start in range(0, len(loud), size):
             rows = loud[start : start + size]
-            # Outside autocast: bf16 would cut the spectrogram's bands to three digits.
-            made = self._spectrograms(
-                list(windows[rows]), sampling_rate=SPEECH.rate_hz, return_tensors="pt"
-            )
-            with torch.inference_mode(), autocast(self.device, self._arithmetic):
-                heard = self._heard(made["input_features"].to(self.device))
+            with torch.inference_mode():
+                # Outside autocast: bf16 would cut the spectrogram's bands to three digits.
+                made = self._spectrograms(torch.from_numpy(windows[rows]).to(self.device))
+                with autocast(self.device, self._mixed):
+                    heard = self._heard(self._as_network(made))
             for row, text in zip(rows, heard, strict=True):
                 texts[row] = words_of(text)
         return texts
@@ -172,7 +173,8 @@ class Whisper(TransformersEncoder):
         super()._take(model, source, local=local)
         spectrograms: Any = transformers.WhisperFeatureExtractor
         tokenizers: Any = transformers.AutoTokenizer
-        self._spectrograms = spectrograms.from_pretrained(source, local_files_only=local)
+        processor = spectrograms.from_pretrained(source, local_files_only=local)
+        self._spectrograms = WhisperSpectrograms(processor, self.device)
         tokenizer = tokenizers.from_pretrained(source, local_files_only=local)
         self.processing = digest(
             {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -110,8 +110,14 @@ class Vggish(Encoder):
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         [patches] = inputs  # (n, 96, 64)
-        features: torch.Tensor = self._network(patches[:, None])  # (n, 1, 96, 64) -> (n, 128)
+        patches = self._as_network(patches[:, None])  # (n, 1, 96, 64)
+        features: torch.Tensor = self._network(patches)  # (n, 128)
         return features
+
+    def _examples(self) -> Sequence[Sequence[Rows]]:
+        chance = np.random.default_rng(0)
+        shape = LogMelPatches.shape
+        return [[chance.normal(-2, 2, (n, *shape)).astype(np.float32)] for n in (2, 3)]
 
     def _state(self, weights: Weights) -> dict[str, torch.Tensor]:
         """Return the network's state dict, with the PCA's if it is used; empty for random ones."""

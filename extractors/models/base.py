@@ -2,37 +2,31 @@
 
 A new family of encoders is one file with a subclass of `Encoder`, which builds the network and
 says how it is called; loading, precision, batches, checks and fingerprints are done here, once.
-
-On the CPU OpenVINO runs the networks that it can, in a half to a third of torch's time. Each is
-traced once and kept as a graph in the user's cache (``~/.cache/insighttag``, or below
-``XDG_CACHE_HOME``), by a digest of all that it depends on. A graph is held against torch when it is
-loaded, so that one that is wrong or out of date is never used.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
-import threading
-import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
-from common.errors import ConfigError, FeatureError, one_line
-from common.files import new_folder
+from common.errors import ConfigError, FeatureError
 from common.fingerprint import digest
 from common.post import FeatureArray, Stream
-from common.precision import Arithmetic, require_device, resolve_precision
+from common.precision import (
+    Arithmetic,
+    autocast,
+    copy_in_half,
+    require_device,
+    resolve_precision,
+    torch_dtype,
+)
 from config.features import (
     AsrSettings,
     AudioSettings,
@@ -40,6 +34,14 @@ from config.features import (
     TextSettings,
     VideoLstmSettings,
     VisualSettings,
+)
+from extractors.models.engines import (
+    LEAST_COSINE,
+    Graph,
+    compile_pass,
+    least_cosine,
+    load_graph,
+    openvino_is_installed,
 )
 from extractors.models.weights import Weights, parse_weights, weights_digest
 
@@ -52,19 +54,6 @@ EncoderSettings: TypeAlias = (
 )
 
 _LARGEST_FLOAT16 = 65504.0
-
-LEAST_COSINE = 0.999
-"""Of a graph's vectors and those of torch in float32: what every encoder keeps between bfloat16 and
-float32. Less would show in tags; in float32 graphs reach 0.99999."""
-
-_FORMAT = 1  # of the cached graphs: another one makes them anew
-_GRAPH = "graph.xml"
-
-# A model of OpenVINO gives the thread that loads it a stack for signals, and frees it at its end
-# while it may still be in use: the next signal that Python handles then kills the process.
-_never_freed: list[Any] = []
-# So a graph, once loaded, serves all later encoders of this process that depend on the same.
-_graphs: dict[tuple[Path, Arithmetic, int], Graph] = {}
 
 _log = structlog.get_logger()
 
@@ -134,13 +123,18 @@ class Encoder(ABC):
     channels_last: ClassVar[bool] = True
     """Pictures are laid out for it; networks of clips have weights that it does not fit."""
 
+    traced: ClassVar[bool] = False
+    """OpenVINO can run `_call`."""
+
     def __init__(self, setting: str, settings: EncoderSettings, device: str) -> None:
         self.setting, self.device = setting, device
         self._named = "" if isinstance(settings, VideoLstmSettings) else settings.arch
         self._weights, self._precision = settings.weights or "pretrained", settings.precision
         self._engine = getattr(settings, "engine", "torch")
-        self._arithmetic: Arithmetic = "fp32"
+        self._arithmetic: Arithmetic = "fp32"  # of products
+        self._mixed: Arithmetic = "fp32"  # of products where the rest is in float32
         self._network: Any = None
+        self._pass: Callable[..., torch.Tensor] = self._features
         self._graph: Graph | None = None
         self._uploads: Any = None
 
@@ -162,13 +156,18 @@ class Encoder(ABC):
         self._graph = self._find_graph()
         if self._graph is not None:
             return
-        cast_weights(network, self._arithmetic)
         layout = {"memory_format": torch.channels_last} if self.channels_last else {}
         self._network = network.to(device, **layout)
+        self._lower_precision()
+        if self._engine == "compile":
+            self._pass = compile_pass(
+                self._features, self._of_examples, self._examples(), named=self._full_name
+            )
 
     def close(self) -> None:
         """Free the network, and give its memory back to the device."""
         self._network = self._graph = self._uploads = None
+        self._pass = self._features
         if self.device != "cpu":
             import gc
 
@@ -183,6 +182,10 @@ class Encoder(ABC):
         network: torch.nn.Module = self._network
         return network
 
+    @property
+    def _full_name(self) -> str:
+        return f"{self.setting}.arch: {self._named}"
+
     def run(self, *inputs: Rows) -> FeatureArray:
         """Return float16 ``(n, dim)``, finite or not, for ``(n, ...)`` as the encoder takes it."""
         return self.begin(*inputs)()
@@ -193,8 +196,9 @@ class Encoder(ABC):
         On a GPU all of it is only queued: its inputs can load while an earlier pass computes.
         """
         if self._graph is not None:
-            outputs = self._graph(*inputs)
-            rows = outputs.clip(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).astype(np.float16)
+            with self._graph.lock:
+                vectors = self._graph.request.infer([*inputs])[0]
+                rows = vectors.clip(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).astype(np.float16)
             return lambda: rows
         import torch
 
@@ -202,10 +206,7 @@ class Encoder(ABC):
         if self.device != "cpu":
             tensors = self._uploaded(tensors)
         with torch.inference_mode():
-            with autocast(self.device, self._arithmetic):
-                output = self._call(*tensors)
-            features = to_float16(self.postprocess(output.float()))
-            return _download(features)
+            return _download(self._pass(*tensors))
 
     def _uploaded(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return copies on the GPU, made on a stream of their own out of pinned memory."""
@@ -237,6 +238,60 @@ class Encoder(ABC):
         """Return float32 features as they are; a family may change them, in full precision."""
         return features
 
+    def _features(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return float16 ``(n, dim)`` of inputs on the device."""
+        with autocast(self.device, self._mixed):
+            output = self._call(*tensors)
+        return to_float16(self.postprocess(output.float()))
+
+    def _as_network(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return float values in the type that the network takes: its own, unless it is mixed."""
+        return tensor.to(torch_dtype("fp32" if self._mixed != "fp32" else self._arithmetic))
+
+    def _lower_precision(self) -> None:
+        """Take as much half precision as leaves the vectors near those of float32.
+
+        The whole network is a fifth faster on a GPU than products alone, between which values are
+        cast to and fro; networks with batch norms often need the latter, or float32.
+        """
+        half, exact = self._arithmetic, self._network
+        if half == "fp32":
+            return
+        self._arithmetic = "fp32"
+        try:
+            expected = self._of_examples(self._features)
+        except Exception:  # noqa: BLE001 - of a wrong setting: its first run says which
+            expected = []
+        for whole in (True, False) if expected else (False,):
+            self._network = copy_in_half(exact, half, whole=whole)
+            self._arithmetic, self._mixed = half, "fp32" if whole else half
+            if not expected:
+                return
+            try:
+                cosine = min(map(least_cosine, self._of_examples(self._features), expected))
+            except RuntimeError:  # types that do not go together
+                cosine = 0.0
+            if cosine >= LEAST_COSINE:
+                return
+            _log.info(
+                "extractors.half_differs",
+                encoder=self._full_name,
+                use=f"{half} in products" if whole else "fp32",
+                cosine=round(cosine, 5),
+            )
+        self._network, self._arithmetic, self._mixed = exact, "fp32", "fp32"
+
+    def _of_examples(self, run: Callable[..., torch.Tensor]) -> list[FeatureArray]:
+        """Return the vectors of the examples, and of the first row of one of them."""
+        import torch
+
+        batches = [*self._examples()]
+        batches += [[rows[:1] for rows in batch] for batch in batches[:1]]
+        # Outside inference mode, as `begin` makes them: a compiled pass tells them apart.
+        tensors = [[torch.from_numpy(rows).to(self.device) for rows in batch] for batch in batches]
+        with torch.inference_mode():
+            return [run(*batch).cpu().numpy() for batch in tensors]
+
     @abstractmethod
     def _build(self, weights: Weights) -> Any:
         """Return the network with its weights, on the CPU, in float32, and set `dim`."""
@@ -250,7 +305,8 @@ class Encoder(ABC):
 
     def _find_graph(self) -> Graph | None:
         """Return the network as OpenVINO runs it; None on a GPU, and where torch has to."""
-        if self.device != "cpu" or self._engine == "torch" or not openvino_is_installed():
+        on_cpu = self.device == "cpu" and self._engine == "auto" and self.traced
+        if not on_cpu or not openvino_is_installed():
             return None
         examples = self._examples()
         if not examples:
@@ -260,12 +316,16 @@ class Encoder(ABC):
             self._network,
             examples,
             arithmetic=self._arithmetic,
-            named=f"{self.setting}.arch: {self._named}",
+            named=self._full_name,
             depends_on=[type(self).__name__, self.kind, self.arch, self.digest, *self._built_in()],
         )
 
     def _examples(self) -> Sequence[Sequence[Rows]]:
-        """Return two batches that differ in each dimension that may vary; none: torch runs it."""
+        """Return two batches that differ in each dimension that may vary.
+
+        Other engines and precisions are held against torch in float32 by them; without any they
+        are not used.
+        """
         return ()
 
     def _built_in(self) -> Sequence[object]:
@@ -294,9 +354,23 @@ class PictureEncoder(Encoder):
         self._scale = torch.tensor(self.std).view(shape).mul(255).reciprocal().to(self.device)
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return float32 ``(n, 3, height, width)``."""
+        """Return ``(n, 3, height, width)`` as the network takes it."""
         # (n, h, w, c) as (n, c, h, w): a view, which torch takes as channels_last
-        return pixels.permute(0, 3, 1, 2).float().sub_(self._shift).mul_(self._scale)
+        pictures = pixels.permute(0, 3, 1, 2).float().sub_(self._shift).mul_(self._scale)
+        return self._as_network(pictures)
+
+    def _examples(self) -> Sequence[Sequence[Rows]]:
+        return [[noisy_and_plain(n, (*self.size, 3))] for n in (2, 3)]
+
+
+def noisy_and_plain(count: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Return example pictures uint8 ``(count, *shape)``: noise, and one of a single grey.
+
+    EfficientNet-Lite0 in bfloat16 keeps the vectors of noise, and loses those of plain pictures.
+    """
+    pictures = np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
+    pictures[1] = 128
+    return pictures
 
 
 class RowExtractor(Extractor):
@@ -366,6 +440,7 @@ class RowExtractor(Extractor):
 
                 if not isinstance(error, torch.cuda.OutOfMemoryError) or batch_size == 1:
                     raise
+                error.__traceback__ = None  # its frames hold the tensors that did not fit
                 torch.cuda.empty_cache()
                 batch_size = max(1, batch_size // 2)
                 _log.warning("extractors.batch_halved", batch_size=batch_size)
@@ -416,39 +491,6 @@ def check_finite(name: str, features: FeatureArray) -> None:
         )
 
 
-def _torch_dtype(arithmetic: Arithmetic) -> torch.dtype:
-    """Return the torch dtype of an arithmetic."""
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arithmetic]
-
-
-def cast_weights(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
-    """Store linear and convolution weights in the arithmetic's dtype, in place.
-
-    Autocast would cast them again in every forward pass; casting once gives the same numbers, half
-    the memory and a third more speed on single pictures. Norms, embeddings and subclasses, which
-    may compute on their weights, stay float32.
-    """
-    if arithmetic == "fp32":
-        return
-    from torch import nn
-
-    exact = {nn.Linear, nn.Conv2d}
-    for module in model.modules():
-        if type(module) in exact:
-            module.to(_torch_dtype(arithmetic))
-
-
-def autocast(device: str, arithmetic: Arithmetic) -> AbstractContextManager[Any]:
-    """Use mixed precision for one forward pass; do nothing for fp32."""
-    if arithmetic == "fp32":
-        return nullcontext()
-    import torch
-
-    return torch.autocast(device.partition(":")[0], dtype=_torch_dtype(arithmetic))
-
-
 def to_float16(tensor: torch.Tensor) -> torch.Tensor:
     """Return float16; values beyond its range are clamped, NaN stays NaN."""
     import torch
@@ -487,164 +529,3 @@ def one_ahead(begun: Iterable[Callable[[], FeatureArray]]) -> Iterator[FeatureAr
         before = result
     if before is not None:
         yield before()
-
-
-def openvino_is_installed() -> bool:
-    """Return True when the package is there."""
-    return importlib.util.find_spec("openvino") is not None
-
-
-def quiet_openvino() -> Any:
-    """Return the package, without the one by which it reports its use to its maker.
-
-    To be called before anything else imports it.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
-
-
-def keep_alive(model: Any) -> None:
-    """Keep a model, or what holds one, until the process ends."""
-    _never_freed.append(model)
-
-
-def compiled(model: Any, arithmetic: Arithmetic, threads: int) -> Any:
-    """Return a request of a model of OpenVINO, for one caller at a time."""
-    options = {
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-        # By default each process binds its threads to the first cores: two processes then share
-        # one core, at half the speed.
-        "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": "bf16" if arithmetic == "bf16" else "f32",
-    }
-    request = quiet_openvino().Core().compile_model(model, "CPU", options).create_infer_request()
-    keep_alive(request)
-    return request
-
-
-class Graph:
-    """A compiled graph: batches of inputs in, float32 vectors out."""
-
-    def __init__(self, model: Any, arithmetic: Arithmetic, threads: int) -> None:
-        self.arithmetic = arithmetic
-        self._request = compiled(model, arithmetic, threads)
-        self._lock = threading.Lock()
-
-    def __call__(self, *inputs: Rows) -> npt.NDArray[np.float32]:
-        """Return float32 vectors, a copy of what the graph gives."""
-        with self._lock:
-            output: npt.NDArray[np.float32] = self._request.infer(list(inputs))[0].copy()
-        return output
-
-
-def load_graph(
-    call: Callable[..., torch.Tensor],
-    network: torch.nn.Module,
-    examples: Sequence[Sequence[Rows]],
-    *,
-    arithmetic: Arithmetic,
-    named: str,
-    depends_on: object,
-) -> Graph | None:
-    """Return the graph of a network, or None where torch has to run it.
-
-    Args:
-        call: Vectors of tensors by the network, in float32.
-        network: Its parameters are in float32.
-        examples: Two batches of inputs, of other sizes in every dimension that may vary.
-        arithmetic: In bfloat16 only if its vectors are near enough to torch's.
-        named: For the log.
-        depends_on: All that the graph depends on, the weights' digest included.
-    """
-    import torch
-
-    openvino = quiet_openvino()
-    versions = [torch.__version__, openvino.__version__, _FORMAT]
-    cached = _cache() / digest({"of": depends_on, "versions": versions}) / _GRAPH
-    threads = torch.get_num_threads()
-    key = (cached, arithmetic, threads)
-    if key in _graphs:
-        return _graphs[key]
-    tensors = [[torch.from_numpy(each) for each in inputs] for inputs in examples]
-    try:
-        with torch.inference_mode():
-            expected = [call(*each).float().numpy() for each in tensors]
-    except Exception:  # noqa: BLE001 - of a wrong setting: its first run says which
-        return None
-
-    def fitting(model: Any) -> Graph | None:
-        for choice in dict.fromkeys((arithmetic, "fp32")):
-            graph = Graph(model, choice, threads)
-            outputs = [graph(*inputs) for inputs in examples]
-            if min(map(_cosine, outputs, expected)) >= LEAST_COSINE:
-                return _graphs.setdefault(key, graph)
-        return None
-
-    if cached.is_file():
-        with suppress(Exception):  # cut, or another network's: it is made again
-            if (graph := fitting(openvino.Core().read_model(cached))) is not None:
-                return graph
-    try:
-        model = _traced(call, network, tensors)
-        graph = fitting(model)
-    except Exception as error:  # noqa: BLE001 - tracing runs code of any model: torch can run it
-        _log.warning("extractors.no_graph", encoder=named, use="torch", reason=one_line(error, 200))
-        return None
-    if graph is None:
-        _log.warning("extractors.graph_differs", encoder=named, use="torch")
-        return None
-    # Without a home, or with a full disk, it is traced at every start.
-    with suppress(OSError, RuntimeError):
-        _keep(model, cached)
-    return graph
-
-
-def _traced(
-    call: Callable[..., torch.Tensor], network: torch.nn.Module, tensors: Sequence[Sequence[Any]]
-) -> Any:
-    """Return a model of OpenVINO; dimensions in which the examples differ stay open."""
-    import torch
-
-    openvino = quiet_openvino()
-
-    class Whole(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network  # tracing takes parameters of modules only
-
-        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-            return call(*inputs).float()
-
-    first, second = tensors
-    trace: Any = torch.jit.trace
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of every branch that depends on a size
-        traced = trace(Whole().eval(), tuple(first), check_trace=False)
-        model = openvino.convert_model(traced, example_input=tuple(first))
-    for port, one, other in zip(model.inputs, first, second, strict=True):
-        sides = [a if a == b else -1 for a, b in zip(one.shape, other.shape, strict=True)]
-        port.get_node().set_partial_shape(openvino.PartialShape(sides))
-    model.validate_nodes_and_infer_types()
-    return model
-
-
-def _keep(model: Any, cached: Path) -> None:
-    with new_folder(cached.parent) as part:
-        quiet_openvino().save_model(model, part / _GRAPH, compress_to_fp16=False)
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "insighttag" / "graphs"
-
-
-def _cosine(a: Rows, b: Rows) -> float:
-    """Return the least cosine of two arrays' vectors; 0 where shapes or numbers are wrong."""
-    if a.shape != b.shape or not np.isfinite(a).all():
-        return 0.0
-    rows = [each.reshape(-1, each.shape[-1]).astype(np.float64) for each in (a, b)]
-    norms = np.linalg.norm(rows[0], axis=1) * np.linalg.norm(rows[1], axis=1)
-    return float(((rows[0] * rows[1]).sum(axis=1) / norms.clip(1e-12)).min())

@@ -19,8 +19,9 @@ import torch
 
 from common.errors import ConfigError, one_line
 from common.fingerprint import digest
+from common.precision import autocast
 from config.features import AsrSettings, AudioSettings, TextSettings, VisualSettings
-from extractors.models.base import Encoder, autocast, clean
+from extractors.models.base import Encoder, clean
 from extractors.models.weights import (
     Weights,
     from_cache_or_hub,
@@ -181,7 +182,7 @@ class TextQueryable(TransformersEncoder):
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             tokens = self._tokens([clean(text) for text in texts[start : start + _TEXTS_AT_ONCE]])
             inputs = {key: value.to(self.device) for key, value in tokens.items()}
-            with torch.inference_mode(), autocast(self.device, self._arithmetic):
+            with torch.inference_mode(), autocast(self.device, self._mixed):
                 rows.append(pooled(self._network.get_text_features(**inputs)).float().cpu())
         vectors = torch.cat(rows) if rows else torch.empty(0, self.dim)
         unit: npt.NDArray[np.float32] = torch.nn.functional.normalize(vectors, dim=-1).numpy()

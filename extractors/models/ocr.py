@@ -25,8 +25,8 @@ from common.files import file_digest
 from common.precision import Arithmetic, cpu_has_bf16
 from config.features import ExtractorName, OcrSettings
 from extractors.media.pictures import shrink
-from extractors.models.base import (
-    Extractor,
+from extractors.models.base import Extractor
+from extractors.models.engines import (
     compiled,
     keep_alive,
     openvino_is_installed,

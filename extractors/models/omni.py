@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from common.precision import autocast
 from config.features import AudioSettings, VisualSettings
-from extractors.models.base import PictureEncoder, autocast, clean
+from extractors.models.base import PictureEncoder, clean
 from extractors.models.from_transformers import TransformersEncoder, processor_digest
 from extractors.models.text import pool
 from extractors.models.transformers_audio import without_end
@@ -29,7 +30,7 @@ class OmniEncoder(TransformersEncoder):
     def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         if not texts:
             return np.empty((0, self.dim), np.float32)
-        with torch.inference_mode(), autocast(self.device, self._arithmetic):
+        with torch.inference_mode(), autocast(self.device, self._mixed):
             vectors = self._embed(text=[clean(text) for text in texts])
         unit: npt.NDArray[np.float32] = torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
         return unit

@@ -91,7 +91,8 @@ class TextExtractor(RowExtractor):
         begun = (self._begin([items[i] for i in batch]) for batch in batches)
         for batch, states in zip(batches, one_ahead(begun), strict=True):
             for row, i in zip(states, batch, strict=True):  # (width, dim), or pooled (dim,)
-                rows = row[: len(items[i])].copy() if self._pooling == "tokens" else row[None]
+                tokens = self._pooling == "tokens"
+                rows = (row[: len(items[i])] if tokens else row[None]).copy()  # not all the batch
                 check_finite("text", rows)
                 results[i] = rows
         return results
@@ -138,6 +139,7 @@ class TextEncoder(TransformersEncoder):
         special_tokens: How many tokens an empty text gives.
     """
 
+    traced = True
     files = "tokenizer's"
     optional = "pooler"  # of a language model's checkpoint
 

@@ -1,4 +1,4 @@
-"""Windows of sound -> AST, CLAP, or the encoder of Whisper; each makes its own spectrogram.
+"""Windows of sound -> AST, CLAP, or the encoder of Whisper; each has its own spectrogram.
 
 A window's silence at its end is cut off before: what fills the window is then the family's own
 filling, as in its training, and a short sound has one vector whatever the window's length.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -17,11 +17,18 @@ import torch
 
 from common.errors import ConfigError
 from config.features import AudioSettings
+from extractors.models.base import Rows
 from extractors.models.from_transformers import (
     TextQueryable,
     TransformersEncoder,
     pooled,
     processor_digest,
+)
+from extractors.models.spectrograms import (
+    AstSpectrograms,
+    ClapSpectrograms,
+    WhisperSpectrograms,
+    lengths_of,
 )
 from extractors.parts import audio_encoder
 
@@ -37,45 +44,53 @@ class SoundEncoder(TransformersEncoder):
     """One vector per window of plain sound.
 
     Attributes:
-        processor: Class of transformers that makes the spectrogram.
+        processor: Class of transformers that makes the spectrogram of a sound.
+        spectrograms: Ours, which makes those of a batch on the device.
     """
 
     processor: ClassVar[str]
+    spectrograms: ClassVar[type[AstSpectrograms | ClapSpectrograms | WhisperSpectrograms]]
 
     def __init__(self, settings: AudioSettings, device: str) -> None:
         super().__init__(_SETTING, settings, device)
-        self._rate_hz = audio_encoder(settings).sound.rate_hz
+        sound = audio_encoder(settings).sound
+        self._rate_hz, self._samples = sound.rate_hz, sound.shape[0]
         self._spectrograms: Any = None
 
     def _take(self, model: Any, source: str, *, local: bool) -> None:
         import transformers
 
         super()._take(model, source, local=local)
-        loaded = getattr(transformers, self.processor)
+        made = getattr(transformers, self.processor)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of AST's own 128 bands one is empty, as in training
-            self._spectrograms = loaded.from_pretrained(source, local_files_only=local)
-        if self._spectrograms.sampling_rate != self._rate_hz:
+            processor = made.from_pretrained(source, local_files_only=local)
+        if processor.sampling_rate != self._rate_hz:
             raise ConfigError(
-                f"{_SETTING}.arch: {self._named} takes {self._spectrograms.sampling_rate} Hz, and "
+                f"{_SETTING}.arch: {self._named} takes {processor.sampling_rate} Hz, and "
                 f"its family here {self._rate_hz} Hz"
             )
+        self._spectrograms = type(self).spectrograms(processor, self.device)
         self.processing = processor_digest(source, local=local)
         self.dim = self._dim_of(model.config)
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         [windows] = inputs  # (n, samples)
-        sounds = [without_end(window) for window in windows.cpu().numpy()]
         # Spectrograms are made in float32: bf16 would cut their bands to three digits.
         with torch.autocast(windows.device.type, enabled=False):
-            made = self._spectrograms(sounds, sampling_rate=self._rate_hz, return_tensors="pt")
-        values = {key: torch.as_tensor(value).to(windows.device) for key, value in made.items()}
-        return self._vectors(values, [len(sound) for sound in sounds])
+            lengths = lengths_of(windows, _SHORTEST)
+            spectrograms = self._spectrograms(windows, lengths)
+        return self._vectors(self._as_network(spectrograms), lengths)
+
+    def _examples(self) -> Sequence[Sequence[Rows]]:
+        chance, samples = np.random.default_rng(0), self._samples
+        batches = [chance.normal(0, 0.1, (n, samples)).astype(np.float32) for n in (2, 3)]
+        for windows in batches:
+            windows[1, samples // 3 :] = 0
+        return [[windows] for windows in batches]
 
     @abstractmethod
-    def _vectors(
-        self, spectrograms: Mapping[str, torch.Tensor], lengths: Sequence[int]
-    ) -> torch.Tensor:
+    def _vectors(self, spectrograms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return ``(n, dim)`` for spectrograms of sounds of some lengths in samples."""
 
     @abstractmethod
@@ -98,14 +113,13 @@ class Ast(SoundEncoder):
 
     model_types = ("audio-spectrogram-transformer",)
     processor = "ASTFeatureExtractor"
+    spectrograms = AstSpectrograms
 
     def _dim_of(self, config: Any) -> int:
         return int(config.hidden_size)
 
-    def _vectors(
-        self, spectrograms: Mapping[str, torch.Tensor], lengths: Sequence[int]
-    ) -> torch.Tensor:
-        return pooled(self._network(input_values=spectrograms["input_values"]))
+    def _vectors(self, spectrograms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return pooled(self._network(input_values=spectrograms))
 
 
 class Clap(SoundEncoder, TextQueryable):
@@ -116,17 +130,15 @@ class Clap(SoundEncoder, TextQueryable):
 
     model_types = ("clap",)
     processor = "ClapFeatureExtractor"
+    spectrograms = ClapSpectrograms
 
     def _dim_of(self, config: Any) -> int:
         return int(config.projection_dim)
 
-    def _vectors(
-        self, spectrograms: Mapping[str, torch.Tensor], lengths: Sequence[int]
-    ) -> torch.Tensor:
-        features = spectrograms["input_features"]
+    def _vectors(self, spectrograms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         # Its processor calls one sound of a batch longer, by chance, where none is.
-        longer = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
-        return pooled(self._network.get_audio_features(features, is_longer=longer))
+        longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)
+        return pooled(self._network.get_audio_features(spectrograms, is_longer=longer))
 
 
 class WhisperSound(SoundEncoder):
@@ -137,16 +149,16 @@ class WhisperSound(SoundEncoder):
 
     model_types = ("whisper",)
     processor = "WhisperFeatureExtractor"
+    spectrograms = WhisperSpectrograms
     part = "encoder"
 
     def _dim_of(self, config: Any) -> int:
         return int(config.d_model)
 
-    def _vectors(
-        self, spectrograms: Mapping[str, torch.Tensor], lengths: Sequence[int]
-    ) -> torch.Tensor:
-        states = self._network(spectrograms["input_features"]).last_hidden_state.float()
-        ends = torch.tensor([-(-length // _WHISPER_HOP) for length in lengths])
-        counted = (torch.arange(states.shape[1])[None] < ends[:, None]).to(states)  # (n, states)
+    def _vectors(self, spectrograms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        states = self._network(spectrograms).last_hidden_state.float()
+        ends = (lengths + _WHISPER_HOP - 1) // _WHISPER_HOP
+        places = torch.arange(states.shape[1], device=states.device)
+        counted = (places < ends[:, None]).to(states)  # (n, states)
         vectors: torch.Tensor = (states * counted[:, :, None]).sum(1) / counted.sum(1)[:, None]
         return vectors

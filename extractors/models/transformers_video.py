@@ -10,7 +10,7 @@ import torch
 
 from common.errors import ConfigError
 from config.features import VideoSettings, VisualSettings
-from extractors.models.base import PictureEncoder, Rows
+from extractors.models.base import PictureEncoder, Rows, noisy_and_plain
 from extractors.models.from_transformers import TransformersEncoder, processor_values
 from extractors.models.visual import VisualExtractor, segments
 
@@ -56,6 +56,9 @@ class ClipEncoder(TransformersEncoder, PictureEncoder):
         else:  # any number of whole tubes
             tubes = -(-self._most_frames // config.tubelet_size)
             self.frames = min(tubes * config.tubelet_size, int(config.frames_per_clip))
+
+    def _examples(self) -> Sequence[Sequence[Rows]]:
+        return [[noisy_and_plain(n, (self.frames, *self.size, 3))] for n in (2, 3)]
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         [clips] = inputs

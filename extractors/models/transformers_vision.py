@@ -86,7 +86,7 @@ class TransformersVision(TextQueryable, PictureEncoder):
         split = pictures.reshape(count, channels, grid, patch, grid, patch)
         patches = split.permute(0, 2, 4, 3, 5, 1).reshape(count, grid * grid, -1)
         mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device)
-        shapes = torch.tensor([[grid, grid]] * count, device=patches.device)
+        shapes = torch.full((count, 2), grid, dtype=torch.int64, device=patches.device)
         return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
     def _tokens(self, texts: Sequence[str]) -> Mapping[str, torch.Tensor]:

@@ -59,6 +59,7 @@ class TimmBackbone(PictureEncoder):
     """
 
     kind = "timm"
+    traced = True
 
     def __init__(
         self,
@@ -129,16 +130,17 @@ class TimmBackbone(PictureEncoder):
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Encode uint8 ``(n, height, width, 3)``, or float32 ``(n, height, width)``."""
         [pixels] = inputs
-        images = pixels[:, None].float() if self._channels == 1 else self._normalised(pixels)
+        patches = self._channels == 1
+        images = self._as_network(pixels[:, None]) if patches else self._normalised(pixels)
         states = self._network.forward_features(images)
         pooled: torch.Tensor = self._network.forward_head(states, pre_logits=True)  # (n, dim)
         return pooled
 
     def _examples(self) -> Sequence[Sequence[Rows]]:
+        if self._channels == 3:
+            return super()._examples()
         chance = np.random.default_rng(0)
-        if self._channels == 1:
-            return [[chance.normal(size=(n, *self.size)).astype(np.float32)] for n in (2, 3)]
-        return [[chance.integers(0, 256, (n, *self.size, 3), np.uint8)] for n in (2, 3)]
+        return [[chance.normal(size=(n, *self.size)).astype(np.float32)] for n in (2, 3)]
 
     def _built_in(self) -> Sequence[object]:
         return (self.size, self._channels, self.mean, self.std)
@@ -409,5 +411,5 @@ class VideoLstm(Encoder):
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         [frames] = inputs  # (videos, n, frames_dim) float16
-        vectors: torch.Tensor = self._network(frames.float())  # (videos, dim)
+        vectors: torch.Tensor = self._network(self._as_network(frames))  # (videos, dim)
         return vectors

@@ -198,8 +198,13 @@ def pinned_environment(spec: WorkerSpec, environ: Mapping[str, str]) -> dict[str
     pinned["CUDA_VISIBLE_DEVICES"] = ""
     if spec.device.startswith("cuda:"):
         index = int(spec.device.removeprefix("cuda:"))
-        visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        pinned["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
+        names = environ.get("CUDA_VISIBLE_DEVICES")
+        visible = None if names is None else names.replace(" ", "").split(",")
+        # One that the King may not see stays hidden: the worker says that it is not there.
+        beyond = visible is not None and index >= len(visible)
+        pinned["CUDA_VISIBLE_DEVICES"] = (
+            str(index) if visible is None else "" if beyond else visible[index]
+        )
     pinned["PYTHONPATH"] = python_path(environ)
     return pinned
 

@@ -13,7 +13,7 @@ import transformers
 
 from common.errors import ConfigError
 from config.features import OcrSettings
-from extractors.models.base import openvino_is_installed
+from extractors.models.engines import openvino_is_installed
 from extractors.models.ocr import OcrExtractor, with_products
 from tests.support.extractors.ppocr_in_torch import save_ppocr
 from tests.support.processes import python

@@ -32,6 +32,7 @@ from extractors.models import weights
 from extractors.models.audio import AudioExtractor
 from extractors.models.base import RowExtractor
 from extractors.models.from_transformers import pooled
+from extractors.models.spectrograms import lengths_of
 from extractors.models.text import TextExtractor
 from extractors.models.transformers_video import ClipExtractor
 from extractors.models.visual import VisualExtractor
@@ -207,9 +208,10 @@ def keep_the_contract(family: Family, path: Path) -> None:
     again.load()
     assert again.fingerprint == extractor.fingerprint
     assert (cosines(np.concatenate(run(again, items)), everything) > 0.9999).all()
-    if cpu_has_bf16():
-        half = family.build(path, {"precision": "bf16"})
+    for engine in ("torch", "auto") if cpu_has_bf16() else ("torch",):
+        half = family.build(path, {"precision": "bf16", "engine": engine})
         half.load()
+        assert half.fingerprint == extractor.fingerprint
         assert (cosines(np.concatenate(run(half, items)), everything) >= 0.999).all()
 
 
@@ -343,6 +345,34 @@ def test_sound_is_that_of_the_family_s_own_spectrogram(
     with torch.no_grad():
         expected = call(loaded, inputs).numpy()
     assert (cosines(run(extractor, [window])[0], expected) > 0.9999).all()
+
+
+@pytest.mark.parametrize("name", ["ast", "clap", "clap fused", "whisper"])
+def test_spectrograms_are_the_library_s_own(name: str, checkpoint: Callable[[Make], Path]) -> None:
+    """Of a batch of sounds of any length, to a thousandth of the range that they have."""
+    path = checkpoint(FAMILIES[name].make)
+    extractor = FAMILIES[name].build(path, {"precision": "fp32"})
+    extractor.load()
+    encoder: Any = extractor._encoder
+    input_of = audio_encoder(AudioSettings(arch=str(path))).sound
+    chance, samples = np.random.default_rng(0), input_of.shape[0]
+    windows = chance.normal(0, 1e-3, (5, samples)).astype(np.float32)
+    sweep = np.sin(np.linspace(0, 100, samples) ** 2)
+    windows += (sweep * np.array([[0.5], [0.1], [0.0], [0.9], [0.3]])).astype(np.float32)
+    ends = [samples, samples // 3, 1024, samples // 2 + 77, 5000]
+    for window, end in zip(windows, ends, strict=True):
+        window[end:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        auto: Any = transformers.AutoFeatureExtractor
+        processor = auto.from_pretrained(path)
+    sounds = [window[:end] for window, end in zip(windows, ends, strict=True)]
+    made = processor(sounds, sampling_rate=input_of.rate_hz, return_tensors="np")
+    expected = np.asarray(made[processor.model_input_names[0]])
+    batch = torch.from_numpy(windows)
+    found = encoder._spectrograms(batch, lengths_of(batch, 1024)).numpy()
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-3 * np.ptp(expected)
 
 
 @pytest.mark.parametrize("name", ["clap", "clap fused"])

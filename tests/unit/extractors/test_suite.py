@@ -16,11 +16,11 @@ from common.errors import ConfigError, FeatureError
 from common.files import file_digest
 from common.fingerprint import digest
 from common.post_set import PostSet
-from common.precision import cpu_has_bf16, require_device, resolve_precision
+from common.precision import autocast, copy_in_half, cpu_has_bf16, require_device, resolve_precision
 from config.features import ExtractorName, FeatureSettings, ImageSettings, OcrSettings
 from extractors.feature_file import read_features, read_header, stream_fingerprints, write_features
 from extractors.learned import FILE, learned_from, posts_of_weights, streams_of_post
-from extractors.models.base import autocast, cast_weights, to_float16
+from extractors.models.base import to_float16
 from extractors.suite import ExtractorSuite
 from fusion.backbones.model import save_weights
 from tests.support.fusion import support
@@ -194,11 +194,26 @@ def test_casting_weights_once_changes_no_number() -> None:
     inputs = torch.rand(2, 3, 8, 8)
     with torch.no_grad(), autocast("cpu", "bf16"):
         before = model(inputs)
-        cast_weights(model, "bf16")
-        after = model(inputs)
-    assert model[0].weight.dtype == torch.bfloat16
-    assert model[2].weight.dtype == torch.float32
+        half = copy_in_half(model, "bf16", whole=False)
+        after = half(inputs)
+    assert half[0].weight.dtype == torch.bfloat16
+    assert half[2].weight.dtype == torch.float32
     assert torch.equal(before, after)
+
+
+def test_a_copy_in_half_leaves_the_original_and_what_is_not_saved() -> None:
+    """Tied weights stay tied; frequencies of positions keep their digits."""
+    model: Any = torch.nn.Sequential(torch.nn.Embedding(4, 8), torch.nn.BatchNorm1d(8))
+    model.tied = torch.nn.Linear(8, 4, bias=False)
+    model.tied.weight = model[0].weight
+    model.register_buffer("frequencies", torch.tensor([0.1]), persistent=False)
+    half = copy_in_half(model, "bf16", whole=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.tied.weight is half[0].weight
+    assert half[1].running_mean.dtype == torch.bfloat16
+    assert half[1].num_batches_tracked.dtype == torch.int64
+    assert half.frequencies.dtype == torch.float32
 
 
 def test_float16_is_clamped_not_overflown() -> None:

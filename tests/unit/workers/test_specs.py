@@ -52,6 +52,11 @@ def test_devices_are_pinned_before_birth() -> None:
     gpu = replace(spec, device="cuda:1")
     assert pinned_environment(gpu, {})["CUDA_VISIBLE_DEVICES"] == "1"
     assert pinned_environment(gpu, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
+    # No other device stands in for one that is hidden.
+    for hidden in ("1", "4", ""):
+        assert (
+            pinned_environment(gpu, {"CUDA_VISIBLE_DEVICES": hidden})["CUDA_VISIBLE_DEVICES"] == ""
+        )
 
 
 def test_back_off_grows_has_a_cap_and_forgets() -> None:
