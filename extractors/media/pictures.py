@@ -269,7 +269,8 @@ def _jpeg(data: bytes) -> tuple[bytes, bool]:
     (MPF) is left out, since it would lead there. ValueError for one that is nothing but segments,
     scans or stray bytes, or a progressive one of which scans are missing altogether.
     """
-    pieces, position, parts, scans, cut = [b"\xff\xd8"], 2, 0, 0, True
+    view = memoryview(data)  # copied once, when its pieces are joined
+    pieces, position, parts, scans, cut = [view[:2]], 2, 0, 0, True
     missing: set[tuple[int, int]] = set()  # component and coefficient of a progressive JPEG
     while cut and (segment := _SEGMENT.search(data, position)):
         start, mark, body = segment.start(), data[segment.start() + 1], segment.end()
@@ -285,13 +286,13 @@ def _jpeg(data: bytes) -> tuple[bytes, bool]:
             missing = {(component, k) for component in head[6::3] for k in range(64)}
         elif mark == 0xDA:
             scans += 1
-            if len(head) > 3 and not head[-1] & 15:  # its last bits
+            if missing and len(head) > 3 and not head[-1] & 15:  # its last bits
                 band = range(head[-3], head[-2] + 1)
                 missing -= {(component, k) for component in head[1:-3:2] for k in band}
             behind = _BEHIND_SCAN.search(data, end)
             end = behind.start() if behind else len(data)
         if not (mark == 0xE2 and head.startswith(b"MPF\0")):
-            pieces.append(data[start:end])
+            pieces.append(view[start:end])
         position = end
         if parts > MAX_PARTS or scans > _MAX_SCANS:
             raise ValueError("too many parts")
