@@ -143,7 +143,7 @@ def _decode_image(
             width, height = reading_size(pixels.shape[1], pixels.shape[0], ocr.max_side)
             pictures = (shrink(pixels, width, height, allocate((height, width, 3), _UINT8)),)
     image = allocate((len(squares), side, side, 3), _UINT8)
-    np.stack(squares, out=image)
+    image[:] = squares
     return DecodedMedia(image=image, pictures=pictures, failures=_noted("image", *notes))
 
 

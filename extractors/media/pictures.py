@@ -28,7 +28,7 @@ from PIL import Image
 from PIL.ExifTags import Base as Tag
 
 from common.errors import MediaError
-from extractors.media.sniff import MAX_PARTS, FileType, check_share, check_type
+from extractors.media.sniff import MAX_PARTS, FileType, check_share, read_file
 from extractors.parts import centres, reading_size
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -149,6 +149,7 @@ class _Picture:
         content: Of the file, up to the picture's end.
         width: Of the picture turned upright.
         height: Of the picture turned upright.
+        orientation: By its EXIF; that of a PNG may stand behind the pixels.
         frames: Pictures of an animation; 1 for a still.
         share: Of its frames that are whole, in (0, 1].
         cut: Its end is missing.
@@ -160,6 +161,7 @@ class _Picture:
     content: bytes
     width: int
     height: int
+    orientation: Any
     frames: int
     share: float
     cut: bool
@@ -168,11 +170,7 @@ class _Picture:
 
 
 def _open(path: Path, side: int = READ_SIDE) -> _Picture:
-    file_type = check_type(path, "image")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise MediaError(f"cannot be read: {error.strerror}") from error
+    file_type, content = read_file(path, "image")
     family, frames, whole, cut = file_type.family, 1, 0, False
     image: Any = None
     with _reading(file_type):
@@ -191,10 +189,11 @@ def _open(path: Path, side: int = READ_SIDE) -> _Picture:
             exif = _exif(image)
         if width < 1 or height < 1:
             raise ValueError("no pixels")
-    if exif.get(Tag.Orientation) in (5, 6, 7, 8):
+    orientation = exif.get(Tag.Orientation, 1)
+    if orientation in (5, 6, 7, 8):
         width, height = height, width
     share = whole / frames if cut and frames > 1 else 1.0
-    return _Picture(file_type, content, width, height, frames, share, cut, image, side)
+    return _Picture(file_type, content, width, height, orientation, frames, share, cut, image, side)
 
 
 def _walked(content: bytes, family: str) -> tuple[bytes, int, int, bool]:
@@ -460,7 +459,7 @@ def _decode_jpeg(picture: _Picture) -> Pixels | None:
         pixels: Any = simplejpeg.decode_jpeg(picture.content, "RGB", min_width=width)
     except ValueError:  # also for what libjpeg only warns of
         return None
-    if _turn(image) is None:
+    if picture.orientation not in _TRANSPOSED:
         return cast("Pixels", pixels)
     return np.asarray(_upright(Image.fromarray(pixels), image))
 

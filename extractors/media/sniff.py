@@ -8,9 +8,10 @@ The one policy for files that are cut or damaged is `check_share`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -307,19 +308,39 @@ def _by_text(head: bytes) -> FileType | None:
 
 def check_type(path: Path, kind: MediaKind) -> FileType:
     """Return the type of a file; MediaError when it is none that a post can use as `kind`."""
+    with _opened(path) as stream:
+        return _checked_type(stream, kind)
+
+
+def read_file(path: Path, kind: MediaKind) -> tuple[FileType, bytes]:
+    """Return the type of a file, as `check_type` does, and all of its bytes."""
+    with _opened(path) as stream:  # once: opening takes as long as reading a picture
+        file_type = _checked_type(stream, kind)
+        stream.seek(0)
+        return file_type, stream.read()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if not size:
-                raise MediaError("the file is empty")
-            file_type = type_of(stream)
-            if file_type is None or kind not in file_type.kinds:
-                is_what = file_type.name if file_type else "unknown type of file"
-                raise MediaError(f"is not a {_NOUNS[kind]}: {is_what}")
-            promised = _promised_bytes(stream, size, file_type)
+        # Without a buffer, which large reads would only be copied through.
+        with path.open("rb", buffering=0) as stream:
+            yield stream
     except OSError as error:
         raise MediaError(f"cannot be read: {error.strerror}") from error
-    return replace(file_type, note=check_share(size, promised, "bytes", file_type))
+
+
+def _checked_type(stream: BinaryIO, kind: MediaKind) -> FileType:
+    size = os.fstat(stream.fileno()).st_size
+    if not size:
+        raise MediaError("the file is empty")
+    file_type = type_of(stream)
+    if file_type is None or kind not in file_type.kinds:
+        is_what = file_type.name if file_type else "unknown type of file"
+        raise MediaError(f"is not a {_NOUNS[kind]}: {is_what}")
+    promised = _promised_bytes(stream, size, file_type)
+    note = check_share(size, promised, "bytes", file_type)
+    return replace(file_type, note=note) if note else file_type
 
 
 def type_of(stream: BinaryIO) -> FileType | None:
@@ -342,7 +363,7 @@ def type_of(stream: BinaryIO) -> FileType | None:
         demuxed = inner is not None and inner.family in ("mp3", "aac", "flac")  # with their tags
         if inner is not None and "audio" in inner.kinds and (inner.start or not demuxed):
             return replace(inner, start=inner.start + behind)
-    return replace(sniffed, start=sniffed.start + skipped)
+    return replace(sniffed, start=sniffed.start + skipped) if skipped else sniffed
 
 
 def id3_bytes(head: bytes) -> int:
