@@ -5,12 +5,13 @@
 ``key 5 s, accurate``  the same with a key frame every 5 s and `accurate`
 ``ViT-L/16``           pictures/s through our extractor, also with `engine: compile`, next to plain
                        torch (`bench/forward.py`)
-``OCR``                pictures/s of the torch engine on the GPU, and of 8 workers on the CPU
+``OCR``                pictures/s of the torch engine on the GPU, in as many workers as `auto` has
+                       there, and of 8 workers on the CPU
 ``parity``             the least cosine of features with those of float32 on the CPU
 
 The daemon's workers are placed as `workers: auto` has it here. How busy the GPU is comes from NVML
-(`pip install nvidia-ml-py`, if it is there) or nvidia-smi. ``--prepare FOLDER`` makes posts and
-weights beforehand, which ``bench/pack_gpu.sh`` packs with all packages for a machine without
+(`pip install nvidia-ml-py`, if it is there) or nvidia-smi. ``--prepare FOLDER`` makes posts
+beforehand, which ``bench/pack_gpu.sh`` packs with all packages for a machine without
 network. Without a GPU there is ``--small``: tiny models on the CPU, which shows that it all runs.
 
 Run: ``python bench/gpu.py [--media FOLDER] [--posts N] [--small] [--out FOLDER]``
@@ -47,6 +48,7 @@ from common.logs import configure_logs
 from common.processes import cores, process_pool
 from common.tables import print_table
 from config.features import ExtractorName, FeatureSettings, OcrSettings
+from config.settings import Settings
 from extractors.suite import ExtractorSuite
 from workers.pool.placement import place
 from workers.sample_posts import texture
@@ -206,9 +208,8 @@ def _read(seconds: float) -> float:
 
 def pictures_per_s(settings: OcrSettings, device: str, workers: int, seconds: float) -> float:
     """Return the pictures/s that a number of processes read together."""
-    threads = 1 if device == "cpu" else 4
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are spawned
-    with process_pool(workers, _open_reader, settings, device, threads) as pool:
+    with process_pool(workers, _open_reader, settings, device, 1) as pool:
         return sum(pool.map(_read, [seconds] * workers))
 
 
@@ -217,11 +218,14 @@ def run_ocr(device: str, *, small: bool) -> dict[str, Any]:
     seconds = 1.0 if small else _OCR_S
     workers = 1 if small else min(_OCR_WORKERS, cores())
     on_cpu = pictures_per_s(OcrSettings(), "cpu", workers, seconds)
-    in_torch = pictures_per_s(OcrSettings(engine="torch"), device, 1, seconds)
+    group = place(Settings()).settings.workers.extractors[-1]  # on a GPU, that of OCR
+    processes = 1 if small else group.processes
+    in_torch = pictures_per_s(OcrSettings(engine="torch"), device, processes, seconds)
     return {
         "case": "OCR",
         "device": device.partition(":")[0],
         "torch_per_s": round(in_torch, 2),
+        "torch_workers": processes,
         "cpu_per_s": round(on_cpu, 2),
         "cpu_workers": workers,
         "torch_over_cpu": round(in_torch / on_cpu, 3),
@@ -253,14 +257,9 @@ def run_parity(features: FeatureSettings, device: str) -> list[dict[str, Any]]:
 
 
 def prepare(media: Path, *, small: bool) -> None:
-    """Make posts, and the weights of OCR in torch, which lie below the folder of the run."""
-    from tests.support.extractors.ppocr_in_torch import save_ppocr
-
+    """Make the posts of every case."""
     for case in CASES:
         made(case, media, small=small)
-    placed = Path("workshop/pretrained")
-    if not (placed / "PaddlePaddle--PP-OCRv6_small_rec_safetensors").is_dir():
-        save_ppocr(placed)
 
 
 def parse() -> argparse.Namespace:

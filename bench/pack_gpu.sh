@@ -2,7 +2,7 @@
 # Pack bench/gpu.py with all that it needs into a folder, for a machine with a GPU and no network:
 #   bench/pack_gpu.sh FOLDER      here, with network (wheels: 4 GB, most of it CUDA's libraries)
 #   sh FOLDER/run.sh              there, on the same Python: under 8 minutes after the installation
-# Weights are random (random:0) or out of the wheels; posts, and OCR's weights for torch, are made here.
+# Weights are random (random:0) or out of the wheels; posts are made here.
 set -eu
 [ $# = 1 ] || { echo "usage: bench/pack_gpu.sh FOLDER" >&2; exit 2; }
 here=$(cd "$(dirname "$0")/.." && pwd)

@@ -143,13 +143,18 @@ class TextSettings(Section):
         return self
 
 
+# Pictures that a worker reads at once on a GPU, whose networks run on them together. At half, fewer
+# wait while a pass runs, and the next is smaller; double holds more memory for passes of one size.
+_OCR_ON_GPU = 8
+
+
 class OcrSettings(Section):
     """Text inside pictures."""
 
     enabled: bool = True
     engine: Literal["auto", "onnxruntime", "openvino", "torch"] = "auto"
     """Runs the networks of PP-OCRv6. On a GPU: torch, or onnxruntime-gpu; openvino is for CPUs.
-    ``auto``: onnxruntime where it can use the GPU, else openvino."""
+    ``auto``: on a GPU onnxruntime where it can use it, else torch; on a CPU openvino."""
     max_side: PositiveInt = 960
     """Pictures are shrunk so that their longer side is at most this many pixels."""
     detect_side: PositiveInt = 480
@@ -159,6 +164,15 @@ class OcrSettings(Section):
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Of a line; a character that stands alone needs 0.95, since shapes look like one."""
     max_chars: PositiveInt = 1000
+
+    @property
+    def on_gpu(self) -> bool:
+        """Tell whether it runs on the GPU of its worker, if that has one."""
+        return self.engine in {"auto", "torch"}
+
+    def pictures_at_once(self, device: str, threads: int) -> int:
+        """Return the pictures that a worker with so many threads reads at the same time."""
+        return max(threads, _OCR_ON_GPU) if self.on_gpu and device != "cpu" else threads
 
 
 class AsrSettings(Section):

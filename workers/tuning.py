@@ -240,14 +240,18 @@ def candidates(
     for name, threads in (("processes", 1), ("threads", 2)):
         groups = []
         if host.gpus:
-            groups += [each for each in rule["workers"]["extractors"] if each["device"] != "cpu"]
+            groups += [e for e in rule["workers"]["extractors"] if "ocr" not in e["extractors"]]
         else:
             processes = min(number(*ENCODERS), most * threads)
             groups.append(_split("cpu", ENCODERS, processes, threads))
         if settings.features.ocr.enabled and not any(
             "ocr" in each["extractors"] for each in groups
         ):
-            groups.append(_split("cpu", ("ocr",), number("ocr"), threads))
+            if host.gpus and settings.features.ocr.on_gpu:
+                each = math.ceil(number("ocr") / len(host.gpus))
+                groups += [group(f"cuda:{i}", ("ocr",), each, 1) for i in range(len(host.gpus))]
+            else:
+                groups.append(_split("cpu", ("ocr",), number("ocr"), threads))
         values = {
             "decode": {"processes": number("decode")},
             "workers": {"extractors": groups, "slots": slots_for(settings, host)},
@@ -414,7 +418,7 @@ def _stages(
     """Return the cost of each stage, and the seconds of a post, with a process for each stage."""
     settings = bench.settings
     device = "cuda:0" if host.gpus else "cpu"
-    on_device = {*ENCODERS} | ({"ocr"} if settings.features.ocr.engine == "torch" else set())
+    on_device = {*ENCODERS} | ({"ocr"} if settings.features.ocr.on_gpu else set())
     names = [name for name in (*ENCODERS, "ocr") if settings.features.runs(name)]  # type: ignore[arg-type]
     groups = [group(device if n in on_device else "cpu", (n,), 1, 1) for n in names]
     workers = settings.workers.model_copy(

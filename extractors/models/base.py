@@ -203,25 +203,11 @@ class Encoder(ABC):
         import torch
 
         tensors = [torch.from_numpy(array) for array in inputs]
-        if self.device != "cpu":
-            tensors = self._uploaded(tensors)
-        with torch.inference_mode():
-            return _download(self._pass(*tensors))
-
-    def _uploaded(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return copies on the GPU, made on a stream of their own out of pinned memory."""
-        import torch
-
-        cuda: Any = torch.cuda
         if self._uploads is None:
-            self._uploads = cuda.Stream(self.device)
-        computing = cuda.current_stream(self.device)
-        with cuda.stream(self._uploads):
-            copies = [each.pin_memory().to(self.device, non_blocking=True) for each in tensors]
-        computing.wait_stream(self._uploads)
-        for copy in copies:
-            copy.record_stream(computing)  # else its memory could be used again too early
-        return copies
+            self._uploads = Uploads(self.device)
+        tensors = self._uploads(tensors)
+        with torch.inference_mode():
+            return download(self._pass(*tensors))
 
     def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Return unit vectors ``(n, dim)`` of texts in the space of the features.
@@ -498,8 +484,32 @@ def to_float16(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float().clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).to(torch.float16)
 
 
-def _download(features: torch.Tensor) -> Callable[[], FeatureArray]:
-    """Begin to copy features off their device, and return the function that waits for them."""
+class Uploads:
+    """Copies to a device; on a GPU on a stream of their own, while an earlier pass computes."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._stream: Any = None
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return copies on the GPU, out of pinned memory; on the CPU the tensors themselves."""
+        if self._device == "cpu":
+            return list(tensors)
+        import torch
+
+        cuda: Any = torch.cuda
+        self._stream = self._stream or cuda.Stream(self._device)
+        computing = cuda.current_stream(self._device)
+        with cuda.stream(self._stream):
+            copies = [each.pin_memory().to(self._device, non_blocking=True) for each in tensors]
+        computing.wait_stream(self._stream)
+        for copy in copies:
+            copy.record_stream(computing)  # else its memory could be used again too early
+        return copies
+
+
+def download(features: torch.Tensor) -> Callable[[], Rows]:
+    """Begin to copy a result off their device, and return the function that waits for them."""
     import torch
 
     if features.device.type == "cpu":
@@ -510,7 +520,7 @@ def _download(features: torch.Tensor) -> Callable[[], FeatureArray]:
     done = cuda.Event()
     done.record(cuda.current_stream(features.device))
 
-    def wait() -> FeatureArray:
+    def wait() -> Rows:
         done.synchronize()  # of this pass alone: the next one may be queued behind it
         return copy.numpy()
 

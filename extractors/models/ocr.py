@@ -1,7 +1,7 @@
 """Pictures -> the text inside them, by PP-OCRv6 as rapidocr runs it, whose wheel brings its models.
 
 rapidocr finds boxes, cuts and turns lines, and decodes; one of three engines runs the networks.
-Nothing is downloaded but the weights of the engine ``torch``, as those of encoders are.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -22,7 +23,7 @@ import structlog
 
 from common.errors import ConfigError, FeatureError, one_line
 from common.files import file_digest
-from common.precision import Arithmetic, cpu_has_bf16
+from common.precision import Arithmetic, cpu_has_bf16, require_device
 from config.features import ExtractorName, OcrSettings
 from extractors.media.pictures import shrink
 from extractors.models.base import Extractor
@@ -32,28 +33,19 @@ from extractors.models.engines import (
     openvino_is_installed,
     quiet_openvino,
 )
-from extractors.models.weights import from_cache_or_hub, in_place, tensors_digest
+from extractors.models.ocr_torch import Networks
 from extractors.parts import ALIKE, ALIKE_GRID
 
 Picture = npt.NDArray[np.uint8]
 Tensor = npt.NDArray[np.float32]
 Session = Callable[[Tensor], Tensor]  # a network: (n, 3, h, w) -> its output
+Finder = Callable[[Picture], Tensor]  # BGR (h, w, 3) -> how likely each pixel is text (1, 1, h, w)
 Step = Literal["Det", "Cls", "Rec"]  # finds lines, tells those upside down, reads them
 
 _MODELS: dict[Step, str] = {
     "Det": "PP-OCRv6_det_small.onnx",
     "Cls": "ch_ppocr_mobile_v2.0_cls_mobile.onnx",
     "Rec": "PP-OCRv6_rec_small.onnx",
-}
-_TORCH: dict[Step, tuple[str, str]] = {
-    "Det": (
-        "PPOCRV6SmallDetForObjectDetection",
-        "PaddlePaddle/PP-OCRv6_small_det_safetensors",
-    ),
-    "Rec": (
-        "PPOCRV6SmallRecForTextRecognition",
-        "PaddlePaddle/PP-OCRv6_small_rec_safetensors",
-    ),
 }
 
 # Longer side over shorter; strips are padded to it. The engine enlarges the shorter side of a
@@ -84,7 +76,7 @@ _LARGE, _SURELY_TEXT = 9, 0.6
 _LEAST_SAVED = 0.7  # of the longer side: a copy that is hardly smaller is no shorter way
 _LEAST_SIDE = 32  # the engine's detector works on blocks of 32 pixels
 # GPUs allocate for each new shape, and keep it: sides are padded to multiples of this. Double would
-# pad a third of a usual picture; at half there are four times as many shapes.
+# pad a third of a usual picture; at half there are four times as many shapes, and smaller batches.
 _BUCKET = 160
 # OpenVINO compiles for each new shape, and keeps some dozens: a line of a new width takes twice as
 # long. Double would pad short lines by half; at half there are twice as many widths. Pictures have
@@ -100,6 +92,7 @@ _RANGES = {
     "rapidocr": "rapidocr>=3.10,<4",
     "onnxruntime": "onnxruntime>=1.19,<2",
     "openvino": "openvino>=2025,<2027",
+    "onnx": "onnx>=1.17,<2",
 }
 
 _log = structlog.get_logger()
@@ -115,16 +108,17 @@ class OcrExtractor(Extractor):
         device: Of the engines that run on a GPU; one that does not says so in the log.
         threads: Pictures that are read at once, each by an engine of one thread. Threads inside
             one picture would spin while they wait, which costs more than it gains as soon as
-            other processes want the cores.
+            other processes want the cores. On a GPU at least eight, whose networks run together.
     """
 
     name: ExtractorName = "ocr"
 
     def __init__(self, settings: OcrSettings, *, device: str = "cpu", threads: int = 1) -> None:
         self._settings, self._device = settings, device
-        self._threads = max(1, threads)
+        self._threads = settings.pictures_at_once(device, max(1, threads))
         self._readers: SimpleQueue[Any] = SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
+        self._networks: Networks | None = None
         self._errors: tuple[type[Exception], ...] = ()
         self._engine = ""
         self._key = (device, settings.min_confidence, settings.detect_side)  # of its readers
@@ -132,15 +126,24 @@ class OcrExtractor(Extractor):
     def _load(self) -> Mapping[str, Any]:
         engine = self._engine = _engine(self._settings.engine, self._device)
         models = _models(engine)
-        networks = _torch_networks(self._device) if engine == "torch" else {}
+        if engine == "torch":
+            require_device(self._device)
+        # One set of weights on a GPU is enough; OpenVINO's sessions serve one thread at a time.
+        shared = engine == "torch" or (engine == "onnxruntime" and self._device != "cpu")
         try:
+            if engine == "torch":
+                self._networks = _torch_networks(models, self._device)
+            first: Any = None
             for _ in range(self._threads):
                 idle = _idle[self._key] if engine == "openvino" else None
-                reader = (
-                    idle.pop()
-                    if idle
-                    else _open_reader(self._settings, engine, models, self._device, networks)
-                )
+                if idle:
+                    reader = idle.pop()
+                elif shared and first is not None:
+                    reader = _copy_of(first)
+                else:
+                    reader = first = _open_reader(
+                        self._settings, engine, models, self._device, self._networks
+                    )
                 self._readers.put(reader)
         except Exception as error:  # engines and readers of models share no base class
             raise ConfigError(
@@ -148,13 +151,12 @@ class OcrExtractor(Extractor):
                 f"{one_line(error, 300)}"
             ) from error
         self._errors = _errors_of(engine)
-        self._pool = ThreadPoolExecutor(self._threads, "ocr", _one_thread if networks else None)
+        self._pool = ThreadPoolExecutor(self._threads, "ocr")
         # Engines give the same text from the same weights, as devices and precisions do.
-        weights = [tensors_digest(network.state_dict()) for network in networks.values()]
         return {
             "kind": "rapidocr",
             "models": [_MODELS[step] for step in sorted(_MODELS)],
-            "weights": weights or file_digest(*sorted(models.values())),
+            "weights": file_digest(*sorted(models.values())),
             "lone_confidence": _LONE_CONFIDENCE,
             "coarse": [_COARSE_SIDE, _MAYBE_TEXT, _LEAST_CONTRAST, _LARGE, _SURELY_TEXT],
             "scaling": "halved and linear",
@@ -177,6 +179,9 @@ class OcrExtractor(Extractor):
         if self._pool is not None:
             self._pool.shutdown()
         self._pool = None
+        if self._networks is not None:
+            self._networks.close()
+        self._networks = None
         if self._engine == "openvino":
             while not self._readers.empty():
                 _idle[self._key].append(self._readers.get())
@@ -255,25 +260,18 @@ class _Bucketed:
         return self._session(np.pad(batch, sides, mode="edge"))[..., :height, :width]
 
 
-def _one_thread() -> None:
-    """Have torch use one thread for this one; two would spin, for ten times the CPU."""
-    import torch
-
-    torch.set_num_threads(1)  # it counts for the thread that calls it
-
-
 class _CoarseFirst:
     """A finder of lines that looks at a small copy first, and at full size only where text may be.
 
-    It takes pixels BGR uint8 ``(height, width, 3)``, and normalises what the network sees of them.
+    It takes pixels BGR uint8 ``(height, width, 3)``.
     Where nothing stands out from its surroundings the network sees text in plain grounds: only rows
     with a contrast are looked at, and the copy is passed over where these are few. It costs a fifth
     of a usual picture. Large lines are taken from it, others read in bands as wide as the picture:
     around narrower parts the finder knows too little, and loses one word in ten.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, look: Finder) -> None:
+        self._look = look
 
     def __call__(self, pixels: Picture) -> Tensor:
         """Return how likely each pixel is text ``(1, 1, height, width)``."""
@@ -291,21 +289,45 @@ class _CoarseFirst:
             seen &= likely > _MAYBE_TEXT
             fine, bands = _fine(seen, likely), _bands(seen.max(axis=1), height)
         text_map: Tensor = np.zeros((1, 1, height, width), np.float32)
+        large: Any = None
         for top, bottom in bands:
             rows = slice(top * len(small) // height, -(-bottom * len(small) // height))
             if fine[rows].any():
                 text_map[:, :, top:bottom] = self._look(pixels[top:bottom])
             else:
-                large = cv2.resize(likely, (width, height))[top:bottom]
+                if large is None:
+                    large = cv2.resize(likely, (width, height))
                 # With edges as steep as at full size: soft ones gave boxes that are too tall.
-                text_map[0, 0, top:bottom] = np.clip(0.5 + (large - 0.5) / scale, 0, 1)
+                band = np.multiply(large[top:bottom], 1 / scale, out=text_map[0, 0, top:bottom])
+                band += 0.5 - 0.5 / scale
+                np.clip(band, 0, 1, out=band)
         return text_map
 
-    def _look(self, pixels: Picture) -> Tensor:
+
+def _normalised(session: Session) -> Finder:
+    """Return the finder of a network on the CPU, which takes float32 in [-1, 1]."""
+
+    def look(pixels: Picture) -> Tensor:
         # [0, 255] -> [-1, 1], (h, w, 3) -> (1, 3, h, w); rapidocr's own way through float64 takes
         # ten times as long
         blob = cv2.dnn.blobFromImage(pixels, 1 / 127.5, mean=(127.5, 127.5, 127.5))
-        return self._session(np.asarray(blob, np.float32))
+        return session(np.asarray(blob, np.float32))
+
+    return look
+
+
+def _boxes_of_text(boxes: Any) -> Any:
+    """Return rapidocr's search for boxes, left out where the map is empty."""
+
+    def search(text_map: Tensor, size: tuple[int, int]) -> Any:
+        return boxes(text_map, size) if text_map.any() else ([], [])
+
+    return search
+
+
+def _decoder(ctc: Any) -> Any:
+    """Return rapidocr's decoder for steps of which the best characters are known already."""
+    return lambda steps, *_, **__: ctc.decode(steps[..., 0].astype(np.int64), steps[..., 1])
 
 
 def _stands_out(small: Picture) -> npt.NDArray[np.bool_]:
@@ -319,11 +341,15 @@ def _stands_out(small: Picture) -> npt.NDArray[np.bool_]:
 
 def _fine(seen: npt.NDArray[np.bool_], likely: Tensor) -> npt.NDArray[np.bool_]:
     """Return those of the pixels seen that are in no large line: one that is thick somewhere."""
-    _, parts = cv2.connectedComponents(seen.astype(np.uint8))
     sure = (seen & (likely > _SURELY_TEXT)).astype(np.uint8)
     padded = np.pad(sure, 1)  # distances know no end of the picture
     thick = 2 * cv2.distanceTransform(padded, cv2.DIST_L2, 3)[1:-1, 1:-1] >= _LARGE
-    return seen & ~np.isin(parts, parts[thick])
+    if not thick.any():
+        return seen
+    count, parts = cv2.connectedComponents(seen.astype(np.uint8))
+    large = np.zeros(count, np.bool_)
+    large[parts[thick]] = True
+    return seen & ~large[parts]
 
 
 def _bands(seen: npt.NDArray[np.bool_], height: int) -> list[tuple[int, int]]:
@@ -338,24 +364,9 @@ def _bands(seen: npt.NDArray[np.bool_], height: int) -> list[tuple[int, int]]:
     return [(int(top), int(bottom)) for top, bottom in edges.reshape(-1, 2)]
 
 
-class _TorchSession:
-    """A network of transformers on a device, called as rapidocr calls its own."""
-
-    def __init__(self, network: Any, device: str) -> None:
-        self._network, self._device = network, device
-
-    def __call__(self, batch: Tensor) -> Tensor:
-        import torch
-
-        with torch.inference_mode():
-            output = self._network(torch.from_numpy(batch).to(self._device)).last_hidden_state
-        values: Tensor = output.float().cpu().numpy()
-        return values
-
-
 def _models(engine: str) -> dict[Step, Path]:
     """Return the models in rapidocr's wheel; ConfigError when they or the engine are not there."""
-    for name in dict.fromkeys(("rapidocr", "onnxruntime", engine)):
+    for name in ("rapidocr", "onnxruntime", "onnx" if engine == "torch" else engine):
         if name in _RANGES and importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"features.ocr.engine: {name} is not installed: pip install '{_RANGES[name]}'"
@@ -388,6 +399,7 @@ def _engine(wanted: str, device: str) -> str:
 
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             return "onnxruntime"
+        return "torch"
     return "openvino" if openvino_is_installed() else "onnxruntime"
 
 
@@ -396,12 +408,12 @@ def _open_reader(
     wanted: str,
     models: Mapping[Step, Path],
     device: str,
-    networks: Mapping[Step, Any],
+    networks: Networks | None = None,
 ) -> Any:
     """Return rapidocr with its models loaded, for one picture at a time."""
     from rapidocr import EngineType, RapidOCR
 
-    engine = "onnxruntime" if networks else wanted
+    engine = "onnxruntime" if networks else wanted  # torch has no engine of rapidocr
     on_gpu = engine == wanted == "onnxruntime" and device != "cpu"
     of_ort, of_openvino = "EngineConfig.onnxruntime", "EngineConfig.openvino"
     parameters: dict[str, Any] = {
@@ -429,22 +441,22 @@ def _open_reader(
     reader(blank, use_det=False)
     reader(blank, use_det=True)
     finder, recogniser = reader.text_det, reader.text_rec
-    if networks:
-        finder.session = _TorchSession(networks["Det"], device)
-        recogniser.session = _TorchSession(networks["Rec"], device)
-    elif device != "cpu":
+    if device != "cpu" and not networks:
         _warn_of_cpu(device, engine, finder.session.session if on_gpu else None)
     if engine == "openvino":
         arithmetic: Arithmetic = "bf16" if cpu_has_bf16() else "fp32"  # rapidocr itself has fp32
         for session in (finder.session, recogniser.session):
             model = with_products(session.model)
             session.session = compiled(model, arithmetic, threads=1)
-    if networks or on_gpu:
+        recogniser.session = _Bucketed(recogniser.session, _CPU_BUCKET, finds_lines=False)
+    if on_gpu:
         finder.session = _Bucketed(finder.session, _BUCKET, finds_lines=True)
         recogniser.session = _Bucketed(recogniser.session, _BUCKET, finds_lines=False)
-    elif engine == "openvino":
-        recogniser.session = _Bucketed(recogniser.session, _CPU_BUCKET, finds_lines=False)
-    finder.session = _CoarseFirst(finder.session)
+    if networks:
+        reader.text_cls.session, recogniser.session = networks.turn, networks.read
+        recogniser.postprocess_op = _decoder(recogniser.postprocess_op)
+    finder.session = _CoarseFirst(networks.find if networks else _normalised(finder.session))
+    finder.postprocess_op = _boxes_of_text(finder.postprocess_op)
     resized = finder.get_preprocess().resize  # to multiples of 32 pixels, and no more
     finder.get_preprocess = lambda: resized
     return reader
@@ -498,51 +510,19 @@ def _warn_of_cpu(device: str, engine: str, session: Any) -> None:
         )
 
 
-def _torch_networks(device: str) -> dict[Step, Any]:
-    """Return the two networks that transformers has, on the device."""
-    import torch
-    import transformers
-
-    from extractors.models.from_transformers import silence
-
-    silence()
-    networks: dict[Step, Any] = {}
-    for step, (name, repository) in _TORCH.items():
-        kind = getattr(transformers, name, None)
-        if kind is None:
-            raise ConfigError(
-                f"features.ocr.engine: transformers {transformers.__version__} has no PP-OCRv6: "
-                "pip install --upgrade 'transformers<6'"
-            )
-        networks[step] = _from_repository(kind, repository).to(device, torch.float32).eval()
-    return networks
+def _torch_networks(models: Mapping[Step, Path], device: str) -> Networks:
+    """Return the networks in torch."""
+    # float16 on a GPU: their values stay below 2,200, and bfloat16 has an eighth of its precision.
+    arithmetic: Arithmetic = "fp32" if device == "cpu" else "fp16"
+    return Networks((models["Det"], models["Cls"], models["Rec"]), device, arithmetic)
 
 
-def _from_repository(kind: Any, repository: str) -> Any:
-    """Return a network from its folder under workshop/pretrained, the hub's cache, or the hub."""
-    placed = in_place(repository)
-
-    def load(source: str, *, local: bool) -> Any:
-        network, info = kind.from_pretrained(
-            source, local_files_only=local, output_loading_info=True
-        )
-        if info["missing_keys"]:
-            raise ValueError(f"the weights lack {min(info['missing_keys'])}")
-        return network
-
-    if placed.is_dir():
-        try:
-            return load(str(placed), local=True)
-        except Exception as error:  # readers of JSON and weights share no base class
-            raise ConfigError(
-                f"features.ocr.engine: torch: {placed} cannot be loaded: {one_line(error, 300)}"
-            ) from error
-    return from_cache_or_hub(
-        lambda local: load(repository, local=local),
-        name=f"features.ocr.engine: torch: {repository}",
-        remedy=f"hf download {repository} --local-dir {placed}",
-        repository=repository,
-    )
+def _copy_of(reader: Any) -> Any:
+    """Return a reader for another thread, with the same networks."""
+    other = copy(reader)
+    for name in ("text_det", "text_cls", "text_rec"):
+        setattr(other, name, copy(getattr(reader, name)))
+    return other
 
 
 def _errors_of(engine: str) -> tuple[type[Exception], ...]:

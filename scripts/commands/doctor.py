@@ -39,7 +39,7 @@ _FIELDS = ("text", "images", "videos", "audios", "labels")
 # Packages without which InsightTag does not start, and extras by what they are for.
 _PACKAGES = ("torch", "torchvision", "transformers", "timm", "av", "openvino")
 _EXTRAS = {
-    "export": "onnx",
+    "export": "onnxscript",
     "heic": "pi-heif",
     "otel": "opentelemetry-sdk",
     "ray": "ray",

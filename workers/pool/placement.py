@@ -52,6 +52,12 @@ _MEMORY_OF_SLOTS = 1 / 8
 _GIB_PER_ENCODERS = 4
 """Memory for each process of encoders: ViT-L/16, BERT and their activations take two to three."""
 
+_CORES_PER_OCR, _MOST_OCR = 4, 8
+"""OCR on a GPU has a process for each four cores, and at most eight on each GPU. What the CPU does
+around its networks takes 31 ms of a post of two pictures and two frames, decoding 120: two thirds
+of a core out of four. For every two cores, processes would wait for decoders; for every eight, they
+would need more than Python's lock lets them have. Eight take as many posts as an H100's encoders."""
+
 ENCODERS = ("video", "image", "audio", "text", "asr")
 
 
@@ -149,14 +155,16 @@ def quick_rule(settings: Settings, host: Host) -> Values:
       keeps every core busy, and a decoder for every two cores, two at least. Where memory does not
       hold that many copies of the encoders: as many processes of two threads as it does hold, and
       OCR, which is small, in processes of its own for half of the cores.
-    - GPUs: one process with the encoders on each, decoders on half of the cores, OCR on three
-      eighths (with ``features.ocr.engine: torch`` on each GPU), fusion on the first.
+    - GPUs: one process with the encoders on each, decoders on half of the cores, fusion on the
+      first. OCR has a process on its GPU for every four cores, or processes on three eighths of the
+      cores where `features.ocr.engine` is one for CPUs.
     """
     cpus, gpus = host.cpus, len(host.gpus)
     if gpus:
         groups = [group(f"cuda:{i}", ENCODERS, 1, 2) for i in range(gpus)]
-        if settings.features.ocr.engine == "torch":
-            groups += [group(f"cuda:{i}", ("ocr",), 1, 2) for i in range(gpus)]
+        if settings.features.ocr.on_gpu:
+            each = min(_MOST_OCR, max(1, cpus // _CORES_PER_OCR // gpus))
+            groups += [group(f"cuda:{i}", ("ocr",), each, 1) for i in range(gpus)]
         else:
             groups.append(group("cpu", ("ocr",), max(1, 3 * cpus // 8), 1))
         decoders = max(2, cpus // 2)

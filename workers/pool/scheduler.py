@@ -66,7 +66,11 @@ def batch_rows(settings: Settings) -> Mapping[TaskQueue, int]:
         return dict.fromkeys(("video", "image", "audio", "text", "ocr", "asr"), 1) | {"fuse": fuse}
     on_cpu = all(group.device == "cpu" for group in workers.extractors)
     pictures, texts = (PICTURES_ON_CPU, TEXTS_ON_CPU) if on_cpu else (MAX_QUEUED, MAX_QUEUED)
-    hosts = [group.threads for group in workers.extractors if "ocr" in group.extractors]
+    hosts = [
+        features.ocr.pictures_at_once(group.device, group.threads)
+        for group in workers.extractors
+        if "ocr" in group.extractors
+    ]
     return {
         "fuse": fuse,
         "video": min(features.video.batch_size, pictures),
@@ -74,7 +78,7 @@ def batch_rows(settings: Settings) -> Mapping[TaskQueue, int]:
         "audio": features.audio.batch_size,
         "text": min(features.text.batch_size, texts),
         "asr": features.asr.batch_size,
-        "ocr": min(hosts, default=1),  # pictures are read one a thread: more would only wait
+        "ocr": min(hosts, default=1),  # more would only wait
     }
 
 

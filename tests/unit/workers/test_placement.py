@@ -68,7 +68,19 @@ def shape(settings: Settings) -> list[tuple[str, str, int, int]]:
             replace(GPUS, gpus=("H100",)),
             "torch",
             8,
-            [("cuda:0", "video+image+audio+text+asr", 1, 2), ("cuda:0", "ocr", 1, 2)],
+            [("cuda:0", "video+image+audio+text+asr", 1, 2), ("cuda:0", "ocr", 4, 1)],
+        ),
+        (
+            Host("c", 64, 512, ("H100",)),
+            "auto",
+            32,
+            [("cuda:0", "video+image+audio+text+asr", 1, 2), ("cuda:0", "ocr", 8, 1)],
+        ),
+        (
+            Host("c", 2, 16, ("T4",)),
+            "auto",
+            2,
+            [("cuda:0", "video+image+audio+text+asr", 1, 2), ("cuda:0", "ocr", 1, 1)],
         ),
     ],
 )
@@ -81,9 +93,10 @@ def test_the_rule_goes_by_cores_memory_and_gpus(
     assert ruled.fusion.device == ("cuda:0" if host.gpus else "cpu")
 
 
-def test_every_gpu_has_the_encoders() -> None:
-    devices = [each["device"] for each in quick_rule(Settings(), GPUS)["workers"]["extractors"]]
-    assert devices == ["cuda:0", "cuda:1", "cpu"]
+def test_every_gpu_has_the_encoders_and_ocr() -> None:
+    groups = quick_rule(Settings(), GPUS)["workers"]["extractors"]
+    assert [each["device"] for each in groups] == ["cuda:0", "cuda:1"] * 2
+    assert [each["processes"] for each in groups] == [1, 1, 2, 2]
 
 
 def test_slots_stay_within_an_eighth_of_the_memory() -> None:

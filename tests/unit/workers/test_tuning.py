@@ -51,6 +51,9 @@ def numbers(values: Any) -> tuple[int, list[tuple[str, int, int]]]:
                                "threads": (2, [("cpu", 2, 2), ("ocr", 5, 2)])}),
         # A GPU that is slow limits, and the cores have less to do.
         (16, 200_000, ("G",), 1.0, {"processes": (1, [("cuda:0", 1, 2), ("ocr", 1, 1)])}),
+        # OCR needs nearly six processes, three on each GPU.
+        (16, 200_000, ("G",) * 2, 0.3, {"processes": (1, [("cuda:0", 1, 2), ("cuda:1", 1, 2),
+                                                         ("ocr", 3, 1), ("ocr", 3, 1)])}),
     ],
 )  # fmt: skip
 def test_stages_have_their_share_of_the_cores(
