@@ -347,9 +347,10 @@ def _fine(seen: npt.NDArray[np.bool_], likely: Tensor) -> npt.NDArray[np.bool_]:
     if not thick.any():
         return seen
     count, parts = cv2.connectedComponents(seen.astype(np.uint8))
-    large = np.zeros(count, np.bool_)
-    large[parts[thick]] = True
-    return seen & ~large[parts]
+    fine = np.ones(count, np.bool_)
+    fine[parts[thick]] = False
+    small: npt.NDArray[np.bool_] = seen & fine[parts]
+    return small
 
 
 def _bands(seen: npt.NDArray[np.bool_], height: int) -> list[tuple[int, int]]:

@@ -157,7 +157,8 @@ class Batches:
             if not self._waiting:
                 return []
             shape, free = self._waiting[0][0].shape[1:], self._most_pixels
-            taken, later = [], deque[tuple[Rows, Future[Any]]]()
+            taken: list[tuple[Rows, Future[Any]]] = []
+            later: deque[tuple[Rows, Future[Any]]] = deque()
             for call in self._waiting:
                 pixels = call[0].size // 3
                 if call[0].shape[1:] == shape and (pixels <= free or not taken):
@@ -217,7 +218,8 @@ class Network:
         self.device, self.dtype = device, torch_dtype(arithmetic)
         graph = onnx.load(path).graph
         arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
-        nodes, same = [], {}
+        nodes: list[_Node] = []
+        same: dict[str, str] = {}
         for each in graph.node:
             values = {a.name: onnx.helper.get_attribute_value(a) for a in each.attribute}
             inputs = tuple(same.get(name, name) for name in each.input)
@@ -253,8 +255,8 @@ class Network:
     def _placed(self, weights: torch.Tensor) -> torch.Tensor:
         import torch
 
-        layout = {"memory_format": torch.channels_last} if weights.ndim == 4 else {}
-        return weights.to(self.device, self.dtype, **layout)
+        layout = torch.channels_last if weights.ndim == 4 else torch.preserve_format
+        return weights.to(self.device, self.dtype, memory_format=layout)
 
 
 def _with_bias(nodes: Sequence[_Node], arrays: dict[str, Any]) -> Iterator[_Node]:
@@ -324,7 +326,7 @@ def _max_pool(at: Attributes, x: Value) -> Value:
     from torch.nn import functional
 
     x, pads = _padded(at, x, -np.inf)
-    return functional.max_pool2d(x, at["kernel_shape"], at["strides"], pads)
+    return functional.max_pool2d(x, at["kernel_shape"], at["strides"], list(pads))
 
 
 def _average_pool(at: Attributes, x: Value) -> Value:

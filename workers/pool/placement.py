@@ -56,7 +56,7 @@ _CORES_PER_OCR, _MOST_OCR = 4, 8
 """OCR on a GPU has a process for each four cores, and at most eight on each GPU. What the CPU does
 around its networks takes 31 ms of a post of two pictures and two frames, decoding 120: two thirds
 of a core out of four. For every two cores, processes would wait for decoders; for every eight, they
-would need more than Python's lock lets them have. Eight take as many posts as an H100's encoders."""
+would need more than Python's lock gives them. Eight take as many posts as an H100's encoders."""
 
 ENCODERS = ("video", "image", "audio", "text", "asr")
 
