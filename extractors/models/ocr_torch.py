@@ -32,11 +32,11 @@ Attributes: TypeAlias = Mapping[str, Any]
 # pad a third of a usual picture; at half there are four times as many shapes, and smaller batches.
 _BUCKET = 160
 _MOST_PIXELS = 8 * 960 * 960
-"""Of pictures in one pass: eight of the largest, or 40 of their small copies. Activations take some
-300 bytes a pixel in half precision; double would take 4 GB, half would fill a GPU less."""
+"""Of pictures in one pass: eight of the largest, or 40 of their small copies. Activations take 54
+bytes a pixel in half precision, 380 MiB in all. Double takes twice that; half fills a GPU less."""
 _MOST_LINE_PIXELS = 64 * 48 * 480
-"""Of lines in one pass: 64 of usual ones. Each step of 8 pixels has a score for 18,710 characters:
-400 MB in all."""
+"""Of lines in one pass: 64 usual ones, which take 280 MiB, since each step of 8 pixels has a score
+for 18,710 characters. Double takes twice as much; half cuts the lines of eight pages in two."""
 
 _log = structlog.get_logger()
 
@@ -132,9 +132,6 @@ class Batches:
         self._thread.shutdown()
 
     def _pass(self) -> None:
-        if self._before is not None:
-            self._before()  # two passes at once keep a GPU busy; meanwhile more rows come to wait
-            self._before = None
         calls = self._take()
         if not calls:
             return
@@ -145,11 +142,13 @@ class Batches:
             for answer in answers:
                 answer.set_exception(error)
             return
-        self._before = wait
         start = 0
         for rows, answer in calls:
             answer.set_result((wait, slice(start, start + len(rows))))
             start += len(rows)
+        before, self._before = self._before, wait
+        if before is not None:
+            before()  # two passes at once keep a GPU busy; meanwhile more rows come to wait
 
     def _take(self) -> list[tuple[Rows, Future[Any]]]:
         """Take the call that has waited longest, and those of its shape that fit into its pass."""
@@ -234,9 +233,10 @@ class Network:
         if unknown := {node.op for node in nodes} - _OPERATIONS.keys():
             raise ValueError(f"{path}: torch has no operation {min(unknown)} here")
         self._steps = list(zip(nodes, _last_uses(nodes, self._output), strict=True))
+        sizes = {name for node in nodes if node.op == "Resize" for name in node.inputs[1:]}
         self._values = {
             name: self._placed(torch.from_numpy(array.copy()))
-            if array.dtype == np.float32 and array.ndim
+            if array.dtype == np.float32 and array.ndim and name not in sizes
             else array
             for name, array in arrays.items()
         }

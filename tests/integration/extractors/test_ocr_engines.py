@@ -161,6 +161,11 @@ def test_torch_runs_the_networks_as_onnxruntime_does(
         [wanted] = session.run(None, {session.get_inputs()[0].name: batch})
         assert np.ptp(wanted) > 0
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+        # Tensors without values: a pass that asks for one would wait for the GPU.
+        only_shapes = Network(path, "meta", "fp16")(
+            torch.empty(shape, dtype=torch.float16).to("meta")
+        )
+        assert only_shapes.shape == wanted.shape
 
 
 def test_an_operation_that_torch_lacks_here_is_named(tmp_path: Path) -> None:
