@@ -157,15 +157,15 @@ def test_torch_runs_the_networks_as_onnxruntime_does(
     for shape in shapes:
         batch = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
         with torch.inference_mode():
-            found = network(torch.from_numpy(batch)).numpy()
-        [wanted] = session.run(None, {session.get_inputs()[0].name: batch})
-        assert np.ptp(wanted) > 0
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+            output = network(torch.from_numpy(batch)).numpy()
+        [expected] = session.run(None, {session.get_inputs()[0].name: batch})
+        assert np.ptp(expected) > 0
+        np.testing.assert_allclose(output, expected, rtol=1e-3, atol=1e-5)
         # Tensors without values: a pass that asks for one would wait for the GPU.
         only_shapes = Network(path, "meta", "fp16")(
             torch.empty(shape, dtype=torch.float16).to("meta")
         )
-        assert only_shapes.shape == wanted.shape
+        assert only_shapes.shape == expected.shape
 
 
 def test_an_operation_that_torch_lacks_here_is_named(tmp_path: Path) -> None:

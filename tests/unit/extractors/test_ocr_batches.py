@@ -67,13 +67,13 @@ def test_a_thread_that_is_alone_has_its_own_pass(doubler: Doubler, batches: Batc
 
 def test_what_waits_in_one_shape_is_one_pass(doubler: Doubler, batches: Batches) -> None:
     """Each caller gets its own rows, whatever else was in the pass."""
-    given = [rows(0, 1), rows(10, 2), rows(20, 1, width=8), rows(30, 3), rows(40, 1, width=8)]
+    calls = [rows(0, 1), rows(10, 2), rows(20, 1, width=8), rows(30, 3), rows(40, 1, width=8)]
     first = batches.begin(rows(99, 1))
     assert doubler.began.wait(60)
-    waiting = [batches.begin(each) for each in given]
+    waiting = [batches.begin(each) for each in calls]
     doubler.end.set()
     np.testing.assert_array_equal(first(), 2 * rows(99, 1))
-    for each, result in zip(given, waiting, strict=True):
+    for each, result in zip(calls, waiting, strict=True):
         np.testing.assert_array_equal(result(), 2 * each)
     assert doubler.passes == [(1, 3, 1, 4), (6, 3, 1, 4), (2, 3, 1, 8)]
 
@@ -118,8 +118,8 @@ def test_many_threads_get_their_own_rows(doubler: Doubler, batches: Batches) -> 
 
     def ask(thread: int) -> None:
         for i in range(50):
-            given = rows(1000 * thread + i, 1 + i % 3, width=4 * (1 + i % 2))
-            if not np.array_equal(batches(given), 2 * given):
+            own = rows(1000 * thread + i, 1 + i % 3, width=4 * (1 + i % 2))
+            if not np.array_equal(batches(own), 2 * own):
                 wrong.append(thread)
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
