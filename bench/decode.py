@@ -6,8 +6,9 @@ threads too. Ours is `decode_media` with all that the pipeline asks of it. The o
 for a picture encoder: up to 16 frames, evenly spread, and shrunk to 224 pixels; or the sound at
 16 kHz. decord and torchcodec are left out where they are not installed.
 
-Run: ``python bench/decode.py [--runs N] [--media FOLDER] [--tree FOLDER]``; ``--tree`` measures the
-decoder of another checkout, such as one of an older commit, next to this one.
+Run: ``python bench/decode.py [--runs N] [--media FOLDER] [--tree FOLDER] [--hwaccel cuda]``;
+``--tree`` measures the decoder of another checkout, such as one of an older commit, next to this
+one. ``--hwaccel cuda`` adds ours with a GPU that decodes whatever it can, short and small ones too.
 """
 
 from __future__ import annotations
@@ -73,13 +74,14 @@ def make(folder: Path) -> dict[str, tuple[str, Path]]:
     return files
 
 
-def ours(kind: str, path: Path) -> dict[str, Callable[[], int]]:
+def ours(kind: str, path: Path, hwaccel: str = "none") -> dict[str, Callable[[], int]]:
     """Return our ways to decode a file; each gives the number of its rows."""
     from config.features import FeatureSettings, VideoSettings
     from config.settings import DecodeSettings
     from extractors.media.decode import decode_media
 
-    def way(**video: Any) -> Callable[[], int]:
+    def way(hwaccel: str = "none", **video: Any) -> Callable[[], int]:
+        limits = DecodeSettings.model_validate({"hwaccel": hwaccel} if hwaccel != "none" else {})
         features = FeatureSettings.model_validate(
             {
                 "video": {"frames": FRAMES, "image_size": SIDE, **video},
@@ -88,7 +90,7 @@ def ours(kind: str, path: Path) -> dict[str, Callable[[], int]]:
         )
 
         def run() -> int:
-            decoded: Any = decode_media(kind, path, features, DecodeSettings())  # type: ignore[arg-type]
+            decoded: Any = decode_media(kind, path, features, limits)  # type: ignore[arg-type]
             rows = {"video": decoded.frames, "image": decoded.image, "audio": decoded.sound}[kind]
             return len(rows)
 
@@ -98,6 +100,8 @@ def ours(kind: str, path: Path) -> dict[str, Callable[[], int]]:
         return {"ours": way()}
     known = str(VideoSettings.model_fields["decode"].annotation)
     ways = {f"ours, {name}": way(decode=name) for name in WAYS if f"'{name}'" in known}
+    if hwaccel != "none":
+        ways |= {f"ours, {name}, GPU": way(hwaccel, decode=name) for name in ("accurate", "auto")}
     # The same file as a sound: what of the above is its sound's.
     ways["ours, sound alone"] = ours("audio", path)["ours"]
     return ways
@@ -210,12 +214,13 @@ def serve(files: dict[str, tuple[str, Path]], ways_of: Callable[..., Any]) -> No
 
 
 def measured(ways: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
-    """Return way -> milliseconds of CPU and rows."""
+    """Return way -> milliseconds of CPU, rows, and milliseconds of the clock."""
     result = {}
     for way, run in ways.items():
-        began = time.process_time()
+        clock, began = time.monotonic(), time.process_time()
         rows = run()
-        result[way] = [1000 * (time.process_time() - began), rows]
+        cpu_s, wall_s = time.process_time() - began, time.monotonic() - clock
+        result[way] = [1000 * cpu_s, rows, 1000 * wall_s]
     return result
 
 
@@ -225,6 +230,7 @@ def main() -> None:
     parser.add_argument("--media", type=Path, help="where the files are kept between runs")
     parser.add_argument("--tree", type=Path, help="another checkout, measured as `before`")
     parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--hwaccel", choices=["none", "cuda"], default="none")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     cv2.setNumThreads(1)
@@ -234,6 +240,12 @@ def main() -> None:
         listed = json.loads(Path(options.serve).read_text(encoding="utf-8"))
         serve({name: (kind, Path(path)) for name, (kind, path) in listed.items()}, ours)
         return
+    if options.hwaccel != "none":
+        from extractors.media import hwaccel
+
+        if hwaccel.gpu_decoder(os.getpid()) is None:
+            raise SystemExit("--hwaccel cuda: no GPU here decodes videos")
+        hwaccel.LEAST_PIXELS = hwaccel.LEAST_FRAMES = 0
     with tempfile.TemporaryDirectory() as temporary:
         files = make(options.media or Path(temporary) / "media")
         listing = Path(temporary) / "files.json"
@@ -245,32 +257,37 @@ def main() -> None:
         for name, (kind, path) in files.items():
             if options.only not in name:
                 continue
-            results.append(_compared(name, kind, path, before, options.runs))
+            ways = {**ours(kind, path, options.hwaccel), **others(kind, path)}
+            about = {"file": name, "kind": kind, "kib": round(path.stat().st_size / 1024)}
+            results.append({**about, **_compared(name, ways, before, options.runs)})
             print(name, results[-1]["cpu_ms"], results[-1]["rows"], flush=True)
+            if options.hwaccel != "none":
+                print("by the clock", results[-1]["wall_ms"], flush=True)
         if before is not None:
             before.close()
     if not options.only:
         print(write_results("decode", options.runs, results))
 
 
-def _compared(name: str, kind: str, path: Path, before: Child | None, runs: int) -> dict[str, Any]:
+def _compared(
+    name: str, ways: dict[str, Callable[[], int]], before: Child | None, runs: int
+) -> dict[str, Any]:
     """Return the medians of all ways over some rounds; the round before them only warms up."""
     rounds = []
     for _ in range(runs + 1):
         one: dict[str, Any] = {}
         if before is not None:
             one.update({f"before: {way}": value for way, value in before.ask(name).items()})
-        one.update(measured({**ours(kind, path), **others(kind, path)}))
+        one.update(measured(ways))
         rounds.append(one)
-    ways = list(rounds[0])
+
+    def medians(at: int) -> dict[str, float]:
+        return {k: round(statistics.median(one[k][at] for one in rounds[1:]), 1) for k in rounds[0]}
+
     return {
-        "file": name,
-        "kind": kind,
-        "kib": round(path.stat().st_size / 1024),
-        "cpu_ms": {
-            way: round(statistics.median(one[way][0] for one in rounds[1:]), 1) for way in ways
-        },
-        "rows": {way: int(rounds[0][way][1]) for way in ways},
+        "cpu_ms": medians(0),
+        "wall_ms": medians(2),
+        "rows": {way: int(values[1]) for way, values in rounds[0].items()},
     }
 
 

@@ -7,6 +7,8 @@
                        torch (`bench/forward.py`)
 ``OCR``                pictures/s of the torch engine on the GPU, in as many workers as `auto` has
                        there, and of 8 workers on the CPU
+``decode``             clips/s of one process by `accurate`, on the CPU and by NVDEC, and whether
+                       the frames are the same
 ``parity``             the least cosine of features with those of float32 on the CPU
 
 The daemon's workers are placed as `workers: auto` has it here. How busy the GPU is comes from NVML
@@ -48,7 +50,8 @@ from common.logs import configure_logs
 from common.processes import cores, process_pool
 from common.tables import print_table
 from config.features import ExtractorName, FeatureSettings, OcrSettings
-from config.settings import Settings
+from config.settings import DecodeSettings, Settings
+from extractors.media.decode import decode_media
 from extractors.suite import ExtractorSuite
 from workers.pool.placement import place
 from workers.sample_posts import texture
@@ -60,6 +63,7 @@ _WARM, _MOST_POSTS = 48, 4000
 _OCR_S = 8.0
 _OCR_WORKERS = 8
 _BUSY_EVERY_S = 0.25
+_DECODE_ROUNDS = 10
 
 CASES = {
     "key 2 s, auto": ("720p, key 2 s", "auto"),
@@ -232,6 +236,28 @@ def run_ocr(device: str, *, small: bool) -> dict[str, Any]:
     }
 
 
+def run_decode(media: Path, device: str, *, small: bool) -> dict[str, Any]:
+    """Return the row of decoding: a clip of the posts, by the CPU and by the GPU in turn."""
+    prepared = made("key 5 s, accurate", media, small=small)
+    path = next(prepared.folder / each for e in prepared.entries for each in e["videos"])
+    seconds, used = {"none": 0.0, "cuda": 0.0}, {}
+    rounds = 1 if small else _DECODE_ROUNDS
+    for k in range(rounds + 1):  # the first one starts CUDA, and does not count
+        for hwaccel in seconds:
+            limits = DecodeSettings.model_validate({"hwaccel": hwaccel})
+            began = time.monotonic()
+            used[hwaccel] = decode_media("video", path, prepared.settings.features, limits)
+            seconds[hwaccel] += (time.monotonic() - began) * (k > 0)
+    one, other = used.values()
+    return {
+        "case": "decode",
+        "device": device.partition(":")[0] if other.on_gpu else "cpu",
+        "cpu_per_s": round(rounds / seconds["none"], 2),
+        "gpu_per_s": round(rounds / seconds["cuda"], 2) if other.on_gpu else None,
+        "same_frames": bool(np.array_equal(one.frames, other.frames)),
+    }
+
+
 def run_parity(features: FeatureSettings, device: str) -> list[dict[str, Any]]:
     """Return the least cosine of each modality with float32 on the CPU."""
     exact = {
@@ -295,6 +321,7 @@ def main() -> int:
             lambda: [run_forward(device, small=small)],
             lambda: [run_ocr(device, small=small)],
             lambda: run_parity(features, device),
+            lambda: [run_decode(media, device, small=small)],
             *(
                 lambda case=case: [run_daemon(case, media, device, options.posts, small=small)]
                 for case in CASES
@@ -307,6 +334,7 @@ def main() -> int:
     if small:
         print("in small, on the CPU: nothing here says how fast a GPU is")
     shown = ("posts_per_s", "gpu_busy_percent", "items_per_s", "torch_over_cpu", "cosine")
+    shown += ("cpu_per_s", "gpu_per_s", "same_frames")
     columns = ("case", "for", "device", *shown)
     print_table("", columns, [[row.get(column) for column in columns] for row in rows])
     return finish("gpu", 1, rows, options.out, check=not small)

@@ -122,6 +122,9 @@ class DecodeSettings(Section):
     """Longer videos and sounds are read up to here."""
     max_audio_s: Seconds = 300
     """Sound of one file that is turned into patches."""
+    hwaccel: Literal["none", "cuda"] = "none"
+    """``cuda``: an NVIDIA GPU decodes long videos of large pictures, and the CPU those that it does
+    not decode. Never run on a GPU; docs/media.md"""
 
 
 class ExtractorPlacement(Section):

@@ -23,11 +23,13 @@ from workers.post_run import PostFailed, PostOutcome, PostPlan, PostRun, PostRun
 from workers.protocol import (
     BundleLoaded,
     CacheHits,
+    Decoded,
     Done,
     Failed,
     PoolEvent,
     PoolReady,
     PoolRefused,
+    Result,
     TaskPool,
 )
 
@@ -139,8 +141,8 @@ class DispatchThread:
     def _handle(self, event: PoolEvent) -> None:
         match event:
             case Done() | Failed():
-                if isinstance(event, Done) and isinstance(event.result, CacheHits):
-                    self._status.count("cache_hits", sum(h.whole for h in event.result.media))
+                if isinstance(event, Done):
+                    self._count(event.result)
                 self._runs.handle(event)
             case PoolReady():
                 self._status.bundle = self._pool.bundle
@@ -150,6 +152,13 @@ class DispatchThread:
                 self._take_bundle(event)
             case PoolRefused():
                 self._status.refused = event
+
+    def _count(self, result: Result) -> None:
+        match result:
+            case CacheHits(media=media):
+                self._status.count("cache_hits", sum(hit.whole for hit in media))
+            case Decoded(on_gpu=bool(on_gpu)):
+                self._status.count("gpu_decoded" if on_gpu else "gpu_refused")
 
     def _take_bundle(self, loaded: BundleLoaded) -> None:
         before, status = self._status.bundle, self._status

@@ -61,6 +61,8 @@ _COUNTERS = (
     ("settled", "messages_settled", "Messages that needed no work"),
     ("cache_lookups", "cache_lookups", "Media files that were looked up in the cache"),
     ("cache_hits", "cache_hits", "Media files whose features were all in the cache"),
+    ("gpu_decoded", "gpu_decoded_videos", "Videos that a GPU decoded"),
+    ("gpu_refused", "gpu_refused_videos", "Videos that the CPU decoded in place of a GPU"),
 )
 _GAUGES = (
     ("in_flight", "in_flight_posts", "Posts in flight of this process"),

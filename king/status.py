@@ -47,12 +47,15 @@ COUNTERS: dict[str, bool] = {
     "settled": False,
     "cache_lookups": False,
     "cache_hits": False,
+    "gpu_decoded": False,
+    "gpu_refused": False,
 }
 """Counter -> whether it counts ends of attempts. A new counter is a line here, and where it counts.
 
 ``superseded`` counts tags that were not written, since a later bundle has tagged the post; ``dead``
 dead letters, ``settled`` messages for which there was nothing to do; ``cache_lookups`` media files
-that were looked up, ``cache_hits`` those that need not be decoded.
+that were looked up, ``cache_hits`` those that need not be decoded; ``gpu_decoded`` videos that a
+GPU decoded, ``gpu_refused`` those that it was to decode, and the CPU did.
 """
 
 End: TypeAlias = Tagged | Superseded | Retry | Dead | Rejected | Settled | Unreadable

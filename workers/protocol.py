@@ -248,10 +248,12 @@ class Decoded(Message, frozen=True):
     Attributes:
         parts: In order of time.
         failures: Modality -> why that side of the file is broken, while the rest is usable.
+        on_gpu: As in `extractors.media.decode.DecodedMedia`.
     """
 
     parts: Annotated[tuple[Part, ...], msgspec.Meta(max_length=MAX_PARTS)]
     failures: Mapping[Modality, Failure] = msgspec.field(default_factory=dict)
+    on_gpu: bool | None = None
 
 
 class Extracted(Message, frozen=True):

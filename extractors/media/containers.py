@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import av
 import av.logging
+from av.codec.hwaccel import HWAccel
 
 from common.errors import MediaError
 from extractors.media.sizes import filled_in
@@ -50,7 +51,7 @@ wastes time on files that never recover.
 """
 
 
-def open_container(path: Path, file_type: FileType) -> Container:
+def open_container(path: Path, file_type: FileType, hwaccel: HWAccel | None = None) -> Container:
     """Open a file with the demuxer of its sniffed type and no other.
 
     FFmpeg would otherwise also open playlists, and what they name, on disk and on the network.
@@ -69,7 +70,9 @@ def open_container(path: Path, file_type: FileType) -> Container:
     told = demuxer.partition(",")[0] if family in _UNCERTAIN else None
     try:
         file = None if file_type.start else filled_in(path, family)
-        return av.open(file or url, format=told, options=options, metadata_errors="ignore")
+        return av.open(
+            file or url, format=told, options=options, metadata_errors="ignore", hwaccel=hwaccel
+        )
     except (av.error.FFmpegError, ValueError) as error:
         raise MediaError(f"{file_type.name} cannot be read: {reason(error)}") from error
 

@@ -11,6 +11,7 @@ Runs in decoder processes that may die of a file; what a file can do short of th
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from common.errors import MediaError
 from common.post import Failure, MediaKind, Modality
@@ -38,6 +40,7 @@ from extractors.parts import (
 )
 
 if TYPE_CHECKING:  # av and cv2 are loaded when the first file of their kind comes
+    from extractors.media.hwaccel import GpuDecoder
     from extractors.media.sniff import FileType
     from extractors.media.video import PacketIndex
 
@@ -49,6 +52,7 @@ SoundRows: TypeAlias = npt.NDArray[np.float32]
 Waveform: TypeAlias = npt.NDArray[np.float32]
 
 _UINT8 = np.dtype(np.uint8)
+_log = structlog.get_logger()
 
 _LOST_SOUND_S = 0.2
 """Seconds that may lack without a word: decoders drop a frame at either end, up to 0.1 s together.
@@ -79,6 +83,8 @@ class DecodedMedia:
             file of which the rest is used.
         times_s: When the frames are shown.
         turned: How they, or the picture, were turned upright.
+        on_gpu: True: the GPU decoded the frames; False: it was to, and the CPU did it; None: that
+            is not for the GPU.
     """
 
     frames: Pixels | None = None
@@ -89,6 +95,7 @@ class DecodedMedia:
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
     times_s: tuple[float, ...] = ()
     turned: str = ""
+    on_gpu: bool | None = None
 
     @property
     def parts(self) -> list[tuple[PartKind, npt.NDArray[Any]]]:
@@ -216,7 +223,7 @@ def _both_sides(
         if sound is None:
             raise
         failures["video"] = Failure.of("decode", error)
-        return DecodedMedia(sound=sound, speech=speech, failures=failures)
+        return DecodedMedia(sound=sound, speech=speech, failures=failures, on_gpu=film.on_gpu)
     failures.update(_noted("video", *film.notes))
     return DecodedMedia(
         frames=frames,
@@ -226,6 +233,7 @@ def _both_sides(
         failures=failures,
         times_s=times_s,
         turned=film.turned,
+        on_gpu=film.on_gpu,
     )
 
 
@@ -340,7 +348,7 @@ def _alike(one: Pixels, other: Pixels) -> bool:
 class _Film:
     """The second pass over a video: `notes` say what is missing, `turned` how it lay.
 
-    Its frames are for pictures of `side` pixels.
+    Its frames are for pictures of `side` pixels; `on_gpu` is as in `DecodedMedia`.
     """
 
     def __init__(
@@ -352,6 +360,7 @@ class _Film:
         self._time_base = self._start = 0.0
         self.notes = [file_type.note]
         self.turned = ""
+        self.on_gpu: bool | None = None
 
     def time_s(self, frame: Any) -> float:
         """Return when a frame is shown, in seconds from the first one."""
@@ -365,7 +374,7 @@ class _Film:
         MediaError when there are none, or too few of those that there should be.
         """
         from extractors.media.sniff import check_share
-        from extractors.media.video import FalseKey, orientation, time_of
+        from extractors.media.video import FalseKey, Refused, orientation, time_of
 
         index = self._index
         chosen: list[int] = []
@@ -386,6 +395,10 @@ class _Film:
             except FalseKey as lie:
                 if index is not None:
                     index.doubt(lie)
+            except Refused as refused:
+                self.on_gpu, codec = False, self._stream.codec_context
+                about = {"codec": codec.name, "profile": codec.profile, "reason": str(refused)}
+                _log.warning("decode.gpu_refused", file=str(self.path), **about, use="CPU")
         if not count:
             raise MediaError(f"broken {self._type.name}: 0 of {len(chosen)} frames can be read")
         self.notes.append(check_share(count, len(chosen), "chosen frames", self._type, "broken"))
@@ -405,19 +418,44 @@ class _Film:
         read: Iterable[Any] | None = self._packets
         if index is None or stream is None:
             raise MediaError(f"{self._type.name} has no video stream")
+        remaining = [i for i in chosen if index.times[i] > after and index.shown[i]]
+        gpu = self._gpu(index, remaining)
         with contextlib.ExitStack() as opened:
-            if read is None:
-                container = opened.enter_context(open_container(self.path, self._type))
+            if read is None or gpu is not None:
+                container = opened.enter_context(
+                    gpu.open(self.path, self._type)
+                    if gpu is not None
+                    else open_container(self.path, self._type)
+                )
                 stream = find_stream(container, "video")
                 read = packets(container, stream)
-            self._packets = None  # its decoder is used up: another try opens the file again
+            if gpu is None:
+                self._packets = None  # its decoder is used up: another try opens the file again
             check_size(stream, self.limits.max_pixels)
             self._time_base, self._start = float(stream.time_base), index.start
             if not index.past_limit:
                 promised = promised_packets(stream)
                 self.notes.append(check_share(len(index), promised, "frames", self._type))
-            remaining = [i for i in chosen if index.times[i] > after and index.shown[i]]
-            yield from decode_frames(read, stream, index, remaining, self._side)
+            frames = decode_frames(read, stream, index, remaining, self._side, strict=bool(gpu))
+            if gpu is None:
+                yield from frames
+                return
+            for frame in frames:
+                self.on_gpu = True
+                yield gpu.download(frame)
+
+    def _gpu(self, index: PacketIndex, chosen: list[int]) -> GpuDecoder | None:
+        """Return the GPU's decoder where it is to decode these frames, and has not refused to."""
+        if self.limits.hwaccel == "none" or self.on_gpu is False:
+            return None
+        from extractors.media import hwaccel
+
+        if not hwaccel.worth_it(self._stream, index, chosen):
+            return None
+        gpu = hwaccel.gpu_decoder(os.getpid())
+        if gpu is None:
+            self.on_gpu = False
+        return gpu
 
 
 def _turns(upright: tuple[bool, bool, bool]) -> str:

@@ -59,6 +59,10 @@ class FalseKey(Exception):
         self.position, self.time = position, time
 
 
+class Refused(Exception):
+    """A GPU's decoder does not decode a file as it should; the message is why."""
+
+
 class PacketIndex:
     """Time, order and key flag of every packet of one video stream: 17 bytes each."""
 
@@ -265,7 +269,13 @@ def plan_runs(index: PacketIndex, chosen: list[int]) -> list[Run]:
 
 
 def decode_frames(
-    read: Iterable[Packet], stream: Stream, index: PacketIndex, chosen: list[int], side: int
+    read: Iterable[Packet],
+    stream: Stream,
+    index: PacketIndex,
+    chosen: list[int],
+    side: int,
+    *,
+    strict: bool = False,
 ) -> Iterator[Frame]:
     """Decode the chosen frames of an index from all packets, in order of time, one at a time.
 
@@ -274,7 +284,8 @@ def decode_frames(
 
     A frame that is broken is replaced by the nearest one that decodes between its neighbours,
     and left out where there is none. FalseKey says that decoding started where it cannot:
-    `PacketIndex.doubt` it, and choose again what is missing.
+    `PacketIndex.doubt` it, and choose again what is missing. Where it is `strict`, packets that do
+    not decode, and missing frames, are Refused: on a GPU the file may be whole.
     """
     runs = plan_runs(index, chosen)
     if not runs:
@@ -293,19 +304,21 @@ def decode_frames(
         run = runs[current]
         if position < run.first:
             continue
+        if strict and packet.is_corrupt:  # which a GPU decodes to something, without a word
+            raise Refused("a packet is damaged")
         codec.skip_frame = _skip(codec, index, position, chosen_times)
-        yield from picker.pick(_decode(codec, packet))
+        yield from picker.pick(_decode(codec, packet, strict))
         if position < run.last:
             continue
-        yield from picker.pick(_decode(codec, None))
-        yield from picker.rest()
+        yield from picker.pick(_decode(codec, None, strict))
+        yield from picker.rest(strict)
         current += 1
         if current == len(runs):
             return
         codec.flush_buffers()  # after a flush the decoder takes no more packets without it
         picker = _Picker(runs[current], refreshed=refreshed)
-    yield from picker.pick(_decode(codec, None))
-    yield from picker.rest()
+    yield from picker.pick(_decode(codec, None, strict))
+    yield from picker.rest(strict)
 
 
 def _decoder(stream: Stream) -> Any:
@@ -337,10 +350,12 @@ def _skip(codec: Any, index: PacketIndex, position: int, chosen_times: set[int])
     return "DEFAULT" if needed else "NONREF"
 
 
-def _decode(codec: Any, packet: Packet | None) -> list[Frame]:
+def _decode(codec: Any, packet: Packet | None, strict: bool) -> list[Frame]:
     try:
         return list(codec.decode(packet))
-    except (av.error.FFmpegError, ValueError):
+    except (av.error.FFmpegError, ValueError) as error:
+        if strict:
+            raise Refused(reason(error)) from error
         return []  # what does not decode is missed when the frames are counted
 
 
@@ -379,8 +394,10 @@ class _Picker:
                 self._last = None
                 yield frame
 
-    def rest(self) -> Iterator[Frame]:
+    def rest(self, strict: bool) -> Iterator[Frame]:
         """Yield the run's last frame where frames are still missing: the nearest that decodes."""
+        if strict and self._times:
+            raise Refused("frames are missing")
         if not self._begun and self._first:
             raise FalseKey(self._first, None)
         if self._times and self._last is not None:

@@ -157,7 +157,8 @@ def _decoded(
     from extractors.media.decode import read_waveform
     from extractors.parts import SPEECH, audio_encoder
 
-    facts: dict[str, Any] = {"turned": media.turned}
+    by = {None: "", True: "GPU", False: "CPU, since the GPU refused it"}[media.on_gpu]
+    facts: dict[str, Any] = {"turned": media.turned, "decoder": by}
     if media.frames is not None:
         facts["frames"] = {"times_s": media.times_s, "shape": media.frames.shape}
     if media.image is not None:
@@ -251,8 +252,8 @@ def _print(facts: dict[str, Any]) -> None:
         line("frames", f"{len(facts['frames']['times_s'])} at {times} s")
     if "image" in facts:
         line("image", "x".join(map(str, facts["image"]["shape"])))
-    if facts["turned"]:
-        line("turned", facts["turned"])
+    for name in filter(facts.get, ("decoder", "turned")):
+        line(name, facts[name])
     if "sound" in facts:
         line("sound", ", ".join(f"{k} {v}" for k, v in facts["sound"].items()))
     for picture in facts["ocr"]:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -138,8 +138,8 @@ def worker_specs(
         specs.append(WorkerSpec("cache", "cache-0", ("lookup",), limit_s, at_most))
     specs += [
         # It has the next one while the King is told of the last.
-        WorkerSpec("decode", f"decode-{i}", ("decode",), decode.deadline_s, at_most=2)
-        for i in range(decode.processes)
+        WorkerSpec("decode", f"decode-{i}", ("decode",), decode.deadline_s, 2, device)
+        for i, device in zip(range(decode.processes), _decoder_devices(settings), strict=False)
     ]
 
     def is_hosted(name: ExtractorName) -> bool:
@@ -166,6 +166,14 @@ def worker_specs(
         spec = WorkerSpec("fuse", "fuse-0", ("fuse",), limit_s, device=device, threads=threads)
         specs.append(spec)
     return specs
+
+
+def _decoder_devices(settings: Settings) -> Iterator[str]:
+    """Return the devices of decoders, in turn: the GPUs of the encoders, else the first one."""
+    if settings.decode.hwaccel == "none":
+        return itertools.repeat("cpu")
+    devices = dict.fromkeys(group.device for group in settings.workers.extractors)
+    return itertools.cycle([each for each in devices if each != "cpu"] or ["cuda:0"])
 
 
 def without_credentials(settings: Settings, role: WorkerRole = "decode") -> Settings:

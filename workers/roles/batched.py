@@ -7,6 +7,7 @@ hostile files meet native libraries, holds nothing else.
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import shutil
 import threading
@@ -114,7 +115,7 @@ def run_decode(
             raise RetryableError(f"the file cannot be opened: {cause.strerror}") from error
         raise
     parts = tuple(Part(kind, writer.ref(array)) for kind, array in media.parts)
-    return Decoded(parts, dict(media.failures))
+    return Decoded(parts, dict(media.failures), media.on_gpu)
 
 
 def run_extract(suite: ExtractorSuite, tasks: Sequence[ExtractTask], arena: Arena) -> list[Outcome]:
@@ -169,6 +170,10 @@ class _Decoder(Handler):
         from extractors.media import decode  # noqa: F401  - so that the limit below counts from here
 
         cv2.setNumThreads(1)
+        if self._settings.decode.hwaccel != "none":
+            from extractors.media.hwaccel import gpu_decoder
+
+            gpu_decoder(os.getpid())  # CUDA takes memory of which no file is to blame
         av.logging.set_level(None)  # ffmpeg's own lines name files and mean nothing to a person
         limit_memory(self._settings.decode.memory_mb)
         return {}

@@ -15,6 +15,8 @@ from common.errors import ConfigError, FeatureError, FetchRetryable, MediaError
 from common.fingerprint import packed
 from common.post import Failure
 from config.settings import Settings
+from extractors.media import hwaccel
+from tests.support import media
 from tests.support.services import RedisServer
 from tests.support.workers.driving import decode_task, fetch_task, text_task
 from tests.support.workers.fixtures import Ends
@@ -213,6 +215,28 @@ def test_decoder_out_of_memory_is_replaced(ends: Ends, monkeypatch: pytest.Monke
     assert failures == ["truncated", "needs more memory than decode.memory_mb (7)"]
     with pytest.raises(ConfigError, match="passed no slots"):
         batched.decode(context_of(worker))
+
+
+def test_decoder_opens_the_gpu_before_its_memory_is_limited(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Memory that CUDA takes is no file's; without a GPU the file is decoded, and that is said."""
+    order: list[str] = []
+    monkeypatch.setattr(hwaccel, "LEAST_PIXELS", 0)
+    monkeypatch.setattr(hwaccel, "LEAST_FRAMES", 0)
+    monkeypatch.setattr(hwaccel, "gpu_decoder", lambda pid: order.append("gpu"))
+    monkeypatch.setattr(batched, "limit_memory", lambda megabytes: order.append("limit"))
+    path = media.write_video(tmp_path / "a.mp4", media.grey_steps(50), 25, gop=50)
+    king, worker = ends
+    task = protocol.DecodeTask("video", str(path), 0)
+    king.send(protocol.Envelope(1, task, time.monotonic() + 60))
+    sections: dict[str, Any] = {"decode": {"hwaccel": "cuda"}, "workers": {"recycle_tasks": 1}}
+    batched.decode(context_of(worker, Arena.private(1, 1 << 24), **sections))
+    assert order == ["gpu", "limit", "gpu"]
+    [done] = [m for m in king.receive_wait(5) if isinstance(m, protocol.Done)]
+    assert isinstance(done.result, protocol.Decoded)
+    assert done.result.on_gpu is False
+    assert done.result.parts[0].kind == "frames"
 
 
 def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> None:

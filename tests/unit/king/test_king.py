@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 
 from config.settings import CacheSettings
@@ -23,7 +24,15 @@ from tests.support.king.king_rig import (
     posts,
     queue_of,
 )
-from workers.protocol import CacheHit, CacheHits, CacheLookup, FuseTask, Task
+from workers.protocol import (
+    CacheHit,
+    CacheHits,
+    CacheLookup,
+    Decoded,
+    DecodeTask,
+    FuseTask,
+    Task,
+)
 
 
 def test_posts_are_tagged_and_acknowledged_after_the_write(tmp_path: Path) -> None:
@@ -232,3 +241,22 @@ def test_health_counts_files_that_the_cache_knows(tmp_path: Path) -> None:
         it.until(lambda: len(broker.acked) == 1)
     seen = read_health(settings.king.health_file) or {}
     assert (seen["counters"]["cache_lookups"], seen["counters"]["cache_hits"]) == (2, 1)
+
+
+def test_health_counts_videos_that_a_gpu_decodes_or_refuses(tmp_path: Path) -> None:
+    """Of five videos a GPU decodes two, refuses one, and is not asked for the others."""
+    by_gpu = [True, None, False, None, True]
+
+    def answer(task: Task) -> Answer:
+        decoded = default_answer(task)
+        if isinstance(task, DecodeTask) and isinstance(decoded, Decoded):
+            return msgspec.structs.replace(decoded, on_gpu=by_gpu.pop())
+        return decoded
+
+    store = FakeStore(posts("p1", videos=[f"http://a/{i}.mp4" for i in range(5)]))
+    broker = MemoryBroker(queue_of(b"p1"))
+    settings = king_settings(tmp_path)
+    with Running(settings, fake_pool(tmp_path, answer), store=store, broker=broker) as it:
+        it.until(lambda: len(broker.acked) == 1)
+    seen = read_health(settings.king.health_file) or {}
+    assert (seen["counters"]["gpu_decoded"], seen["counters"]["gpu_refused"]) == (2, 1)

@@ -59,6 +59,30 @@ def test_devices_are_pinned_before_birth() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("hwaccel", "groups", "devices"),
+    [
+        ("none", ["cuda:0", "cuda:1"], ["cpu", "cpu", "cpu"]),
+        ("cuda", ["cuda:0", "cuda:1", "cpu"], ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda", ["cpu"], ["cuda:0", "cuda:0", "cuda:0"]),
+    ],
+)
+def test_decoders_see_a_gpu_only_to_decode_on_it(
+    hwaccel: str, groups: list[str], devices: list[str]
+) -> None:
+    """They share the GPUs of the encoders in turn, or take the first."""
+    settings = Settings.model_validate(
+        {
+            "decode": {"processes": 3, "hwaccel": hwaccel},
+            "workers": {"extractors": [{"device": device} for device in groups]},
+        }
+    )
+    decoders = [spec for spec in worker_specs(settings) if spec.role == "decode"]
+    assert [spec.device for spec in decoders] == devices
+    visible = [pinned_environment(spec, {})["CUDA_VISIBLE_DEVICES"] for spec in decoders]
+    assert visible == [device.removeprefix("cuda:").replace("cpu", "") for device in devices]
+
+
 def test_back_off_grows_has_a_cap_and_forgets() -> None:
     worker = ManagedProcess(worker_specs(Settings())[0])
     delays = [worker.ended(0.0, answered=0, planned=False) for _ in range(12)]
