@@ -236,26 +236,32 @@ def run_ocr(device: str, *, small: bool) -> dict[str, Any]:
     }
 
 
-def run_decode(media: Path, device: str, *, small: bool) -> dict[str, Any]:
-    """Return the row of decoding: a clip of the posts, by the CPU and by the GPU in turn."""
-    prepared = made("key 5 s, accurate", media, small=small)
-    path = next(prepared.folder / each for e in prepared.entries for each in e["videos"])
-    seconds, used = {"none": 0.0, "cuda": 0.0}, {}
-    rounds = 1 if small else _DECODE_ROUNDS
+def _decode(path: Path, features: FeatureSettings, rounds: int) -> dict[str, Any]:
+    """Decode a clip by the CPU and by the GPU in turn, and compare the frames."""
+    seconds, arrays, on_gpu = {"none": 0.0, "cuda": 0.0}, [], None
     for k in range(rounds + 1):  # the first one starts CUDA, and does not count
         for hwaccel in seconds:
             limits = DecodeSettings.model_validate({"hwaccel": hwaccel})
             began = time.monotonic()
-            used[hwaccel] = decode_media("video", path, prepared.settings.features, limits)
+            decoded = decode_media("video", path, features, limits)
             seconds[hwaccel] += (time.monotonic() - began) * (k > 0)
-    one, other = used.values()
+            arrays.append(np.asarray(decoded.frames))
+            on_gpu = decoded.on_gpu
     return {
-        "case": "decode",
-        "device": device.partition(":")[0] if other.on_gpu else "cpu",
         "cpu_per_s": round(rounds / seconds["none"], 2),
-        "gpu_per_s": round(rounds / seconds["cuda"], 2) if other.on_gpu else None,
-        "same_frames": bool(np.array_equal(one.frames, other.frames)),
+        "gpu_per_s": round(rounds / seconds["cuda"], 2) if on_gpu else None,
+        "same_frames": all(np.array_equal(arrays[0], each) for each in arrays),
     }
+
+
+def run_decode(media: Path, device: str, *, small: bool) -> dict[str, Any]:
+    """Return the row of decoding, by a process of its own: FFmpeg may not share CUDA with torch."""
+    prepared = made("key 5 s, accurate", media, small=small)
+    path = next(prepared.folder / each for e in prepared.entries for each in e["videos"])
+    rounds = 1 if small else _DECODE_ROUNDS
+    with process_pool(1, configure_logs, "json", "warning") as pool:
+        row = pool.submit(_decode, path, prepared.settings.features, rounds).result()
+    return {"case": "decode", "device": device.partition(":")[0], **row}
 
 
 def run_parity(features: FeatureSettings, device: str) -> list[dict[str, Any]]:
@@ -334,8 +340,7 @@ def main() -> int:
     if small:
         print("in small, on the CPU: nothing here says how fast a GPU is")
     shown = ("posts_per_s", "gpu_busy_percent", "items_per_s", "torch_over_cpu", "cosine")
-    shown += ("cpu_per_s", "gpu_per_s", "same_frames")
-    columns = ("case", "for", "device", *shown)
+    columns = ("case", "for", "device", *shown, "cpu_per_s", "gpu_per_s", "same_frames")
     print_table("", columns, [[row.get(column) for column in columns] for row in rows])
     return finish("gpu", 1, rows, options.out, check=not small)
 

@@ -157,7 +157,7 @@ def _decoded(
     from extractors.media.decode import read_waveform
     from extractors.parts import SPEECH, audio_encoder
 
-    by = {None: "", True: "GPU", False: "CPU, since the GPU refused it"}[media.on_gpu]
+    by = {None: "", True: "GPU", False: "CPU, in place of the GPU"}[media.on_gpu]
     facts: dict[str, Any] = {"turned": media.turned, "decoder": by}
     if media.frames is not None:
         facts["frames"] = {"times_s": media.times_s, "shape": media.frames.shape}

@@ -134,11 +134,11 @@ def test_training_decodes_by_the_same_code(
     path = media.write_video(tmp_path / "a.mp4", moving(50), 25)
     decoder = NextToGpu()
     gpu(decoder)
-    frames = [
-        read_frames(path, choice=FrameChoice(4), side=32, limits=DecodeSettings(hwaccel=each))
-        for each in ("none", "cuda")
-    ]
-    assert np.array_equal(*frames)
+    on_cpu, on_gpu = (
+        read_frames(path, choice=FrameChoice(4), side=32, limits=each)
+        for each in (DecodeSettings(), DecodeSettings(hwaccel="cuda"))
+    )
+    assert np.array_equal(on_cpu, on_gpu)
     assert decoder.downloads == 4
 
 
@@ -203,7 +203,7 @@ def test_without_a_gpu_the_log_says_it_once(
     assert "CUDA" in logs[0]["reason"], "FFmpeg's own words"
 
 
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], str, int, bool]] = {
     "worth it": ({}, "a.mp4", 120, True),
     "few frames": ({}, "a.mp4", 99, False),
     "key frames alone": ({"gop": 1}, "a.mp4", 120, False),
@@ -218,7 +218,8 @@ def test_which_videos_are_worth_it(
 ) -> None:
     """Those of a codec that it has, with many frames to decode, of large pictures."""
     options, file, count, expected = CASES[name]
-    path = media.write_video(tmp_path / file, moving(count), 25, **{"gop": 250, **options})
+    options = {"gop": 250, **options}
+    path = media.write_video(tmp_path / file, moving(count), 25, **options)
     index = index_of(path)
     with open_container(path, check_type(path, "video")) as container:
         stream = find_stream(container, "video")
