@@ -501,5 +501,4 @@ class Supervisor:
     def _clear_wake(self) -> None:
         self.woken = True
         with suppress(OSError):
-            while self._wake_in.recv(4096):
-                pass
+            self._wake_in.recv(4096)  # what is left after that wakes again
