@@ -24,8 +24,8 @@ class VisualSettings(Section):
     """``weights`` may be a whole pickled model (.pth), which runs code that is in the file."""
     image_size: PositiveInt = 224
     """Side of the square input in pixels; whole pictures are scaled to it."""
-    batch_size: PositiveInt = 32
-    """Pictures that the model takes at once; on a CPU 3 at most."""
+    batch_size: PositiveInt = 128
+    """Pictures that the model takes at once; on a CPU 3 at most, on a GPU what its memory takes."""
     precision: Precision = "auto"
     engine: Engine = "auto"
     """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch.

@@ -363,7 +363,8 @@ class RowExtractor(Extractor):
     """Arrays of rows for an encoder: ``(n, *shape)`` -> float16 ``(n, dim)``, a row for each.
 
     Attributes:
-        batch_size: Rows of a pass at most; features do not depend on it, but for rounding.
+        batch_size: Rows of a pass at most; features do not depend on it, but for rounding. A device
+            that runs out of memory halves it for good: it would run out again.
     """
 
     def __init__(
@@ -397,17 +398,14 @@ class RowExtractor(Extractor):
         return item
 
     def forward(self, items: Sequence[Rows]) -> list[Any]:
-        """Run the rows of all items in batches that cross the borders between items.
-
-        A device that runs out of memory halves the batches of this call.
-        """
+        """Run the rows of all items in batches that cross the borders between items."""
         borders = np.cumsum([0, *(len(item) for item in items)]).tolist()
         out = np.empty((borders[-1], self.dim), np.float16)
-        start, batch_size = 0, self.batch_size
+        start = 0
 
         def begun() -> Iterator[Callable[[], FeatureArray]]:
-            for first in range(start, len(out), batch_size):
-                stop = first + batch_size
+            for first in range(start, len(out), self.batch_size):
+                stop = first + self.batch_size
                 near = slice(bisect_right(borders, first) - 1, bisect_left(borders, stop))
                 pieces = [
                     item[max(first - border, 0) : stop - border]
@@ -424,12 +422,12 @@ class RowExtractor(Extractor):
             except RuntimeError as error:
                 import torch
 
-                if not isinstance(error, torch.cuda.OutOfMemoryError) or batch_size == 1:
+                if not isinstance(error, torch.cuda.OutOfMemoryError) or self.batch_size == 1:
                     raise
                 error.__traceback__ = None  # its frames hold the tensors that did not fit
                 torch.cuda.empty_cache()
-                batch_size = max(1, batch_size // 2)
-                _log.warning("extractors.batch_halved", batch_size=batch_size)
+                self.batch_size = max(1, self.batch_size // 2)
+                _log.warning("extractors.batch_halved", batch_size=self.batch_size)
         check_finite(self.name, out)
         return [out[a:b] for a, b in pairwise(borders)]
 

@@ -179,12 +179,15 @@ def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
     vectors = extractor.forward(items)
     assert sizes == [8, 4, 2, 2, 2, 2, 2]
     np.testing.assert_allclose(vectors[1][:2], model.run(items[1][:2]), atol=1e-3)
+    sizes.clear()
+    extractor.forward(items[:1])
+    assert sizes == [2, 2, 1]  # it does not run out again
     model.most = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         extractor.forward(items)
 
 
-@pytest.mark.parametrize(("device", "rows"), [("cpu", 3), ("cuda:0", 32)])
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 3), ("cuda:0", 128)])
 def test_on_a_cpu_a_pass_has_three_pictures_at_most(device: str, rows: int) -> None:
     """More are slower there, whatever the settings say."""
     settings = ImageSettings(arch=TINY_CNN, weights="random:1", image_size=32)

@@ -116,7 +116,7 @@ def test_on_a_cpu_one_batch_of_any_queue_waits_for_a_worker(
     ("device", "share", "expected"),
     [
         ("cpu", True, {"video": 3, "image": 2, "text": 8, "audio": 64, "ocr": 2}),
-        ("cuda:0", True, {"video": 32, "image": 2, "text": 16, "audio": 64, "ocr": 8}),
+        ("cuda:0", True, {"video": 128, "image": 2, "text": 16, "audio": 64, "ocr": 8}),
         ("cpu", False, {"video": 1, "image": 1, "text": 1, "audio": 1, "ocr": 1}),
     ],
 )
