@@ -1,7 +1,7 @@
 """Encoders with `engine: compile`: the vectors of torch, and nothing to compile once loaded."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from config.features import AudioSettings, Engine, ImageSettings, TextSettings
 from extractors.models.audio import AudioExtractor
 from extractors.models.base import RowExtractor
+from extractors.models.engines import compile_pass
 from extractors.models.text import TextExtractor
 from extractors.models.visual import VisualExtractor
 from tests.support import tiny_encoders
@@ -75,9 +76,27 @@ def assert_compiled_as_torch(compiled: RowExtractor, plain: RowExtractor, items:
     assert_same(vectors, each_alone(plain, items))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.usefixtures("traced_alone")
 def test_pictures_in_batches_of_any_size() -> None:
     assert_compiled_as_torch(pictures("compile"), pictures("torch"), [*PICTURES])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_a_compiled_pass_takes_any_number_of_rows() -> None:
+    """With the real compiler, which takes minutes for a whole encoder."""
+    rows = [CHANCE.normal(size=(n, 8)).astype(np.float32) for n in (2, 3, 7, 1)]
+
+    def run(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.sigmoid() * 2 - tensor
+
+    def of_examples(call: Callable[[torch.Tensor], torch.Tensor]) -> list[np.ndarray]:
+        return [call(torch.from_numpy(each)).numpy() for each in (*rows[:2], rows[3])]
+
+    fast = compile_pass(run, of_examples, [rows[:1], rows[1:2]], named="a pass")
+    assert fast is not run
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for each in map(torch.from_numpy, rows):
+            np.testing.assert_allclose(fast(each), run(each), atol=1e-6)
 
 
 @pytest.mark.usefixtures("traced_alone")
