@@ -98,6 +98,7 @@ def gpu_decoder(pid: int) -> GpuDecoder | None:
     try:
         with av.logging.Capture():
             return GpuDecoder()
+    # PyAV's word for an FFmpeg that was built without it is NotImplementedError.
     except (av.error.FFmpegError, NotImplementedError) as error:
         said = getattr(error, "log", None)
         why = f"{reason(error)}: {said[2].strip()}" if said else reason(error)

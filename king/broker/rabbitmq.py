@@ -59,7 +59,7 @@ _REFUSALS = (
     amqp_errors.NotAllowed,
     amqp_errors.PreconditionFailed,
     amqp_errors.ResourceLocked,
-    amqp_errors.AMQPNotImplementedError,
+    amqp_errors.AMQPNotImplementedError,  # AMQP's 540: the server lacks what was asked of it
     amqp_errors.InvalidPath,
 )
 
