@@ -93,6 +93,14 @@ def _priority_as_it_was() -> Iterator[None]:
         os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
+@pytest.fixture(autouse=True)
+def _recursion_as_it_was() -> Iterator[None]:
+    """torch's compiler raises Python's limit for good: what nests too deeply would pass after it."""
+    limit = sys.getrecursionlimit()
+    yield
+    sys.setrecursionlimit(limit)
+
+
 def _running(server: AnyServer) -> AnyServer:
     server.resume()
     server.start()
