@@ -94,6 +94,15 @@ def gpu_decoder(pid: int) -> GpuDecoder | None:
     It takes the process since CUDA does not work across a fork.
     """
     del pid
+    try:
+        return open_gpu_decoder()
+    except Refused as error:
+        _log.warning("decode.no_hwaccel", hwaccel="cuda", reason=str(error), use="CPU")
+        return None
+
+
+def open_gpu_decoder() -> GpuDecoder:
+    """Open the GPU's decoder; Refused says why there is none."""
     av.logging.set_level(av.logging.ERROR)  # the error number alone says nothing
     try:
         with av.logging.Capture():
@@ -101,8 +110,6 @@ def gpu_decoder(pid: int) -> GpuDecoder | None:
     # PyAV's word for an FFmpeg that was built without it is NotImplementedError.
     except (av.error.FFmpegError, NotImplementedError) as error:
         said = getattr(error, "log", None)
-        why = f"{reason(error)}: {said[2].strip()}" if said else reason(error)
-        _log.warning("decode.no_hwaccel", hwaccel="cuda", reason=why, use="CPU")
-        return None
+        raise Refused(f"{reason(error)}: {said[2].strip()}" if said else reason(error)) from error
     finally:
         av.logging.set_level(av.logging.PANIC)

@@ -81,7 +81,8 @@ def doctor(
     def wait_for(what: str, url: str) -> None:
         notice(f"{what} {redact(url)}: waiting at most {_WAIT_S:g} s", enabled=not as_json)
 
-    checks = [*_installed(), *_devices(settings), _broker(settings, wait_for)]
+    checks = [*_installed(), *_devices(settings), *_hwaccel(settings)]
+    checks.append(_broker(settings, wait_for))
     shapes, post_checks = _posts(settings, posts, wait_for)
     weights = [about("settings", need) for need in _needs(settings)]
     checks += [*post_checks, *_weights(weights), _bundle(settings, weights, quick=quick)]
@@ -148,6 +149,23 @@ def _devices(settings: Settings) -> Iterator[Check]:
     if count and set(named) == {"cpu"}:
         remedy = "set workers.extractors to [{device: cuda:0}]"
         yield Check("devices", "warning", f"{gpus[0]} is not used", remedy)
+
+
+def _hwaccel(settings: Settings) -> Iterator[Check]:
+    from extractors.media.hwaccel import open_gpu_decoder
+    from extractors.media.video import Refused
+
+    key, hwaccel = "decode.hwaccel", settings.decode.hwaccel
+    if hwaccel == "none":
+        return
+    try:
+        open_gpu_decoder()
+    except Refused as error:
+        remedy = f"install a driver of CUDA, or set {key} to none; a container needs the driver's "
+        remedy += "video capability (NVIDIA_DRIVER_CAPABILITIES=compute,utility,video)"
+        yield Check(key, "warning", f"{hwaccel}: {error}; the CPU decodes videos", remedy)
+    else:
+        yield Check(key, "ok", f"{hwaccel}: the GPU decodes videos that are worth it")
 
 
 def _broker(settings: Settings, wait_for: Callable[[str, str], None]) -> Check:

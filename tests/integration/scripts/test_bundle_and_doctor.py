@@ -198,6 +198,14 @@ def test_servers_that_are_down_are_named(capsys: pytest.CaptureFixture[str], sit
             "me/x: missing",
             "insighttag weights get me/x",
         ),
+        pytest.param(
+            ["decode.hwaccel=cuda"],
+            "decode.hwaccel",
+            "warning",
+            "the CPU decodes",
+            "NVIDIA_DRIVER_CAPABILITIES",
+            marks=pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU"),
+        ),
         (["fusion.device=cuda:9"], "devices", "failed", "cuda:9", "set workers.extractors"),
         (
             ["fetch.spool=SITE/settings.yaml/spool"],

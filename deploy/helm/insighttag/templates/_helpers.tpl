@@ -46,7 +46,6 @@ the rest of the chart counts on. */ -}}
 {{- $all := list "video" "image" "audio" "text" "ocr" "asr" -}}
 {{- $_ := set $chosen "workers" (dict "extractors" (list (dict "device" "cuda:0" "extractors" $all))) -}}
 {{- $_ := set $chosen "fusion" (dict "device" "cuda:0") -}}
-{{- $_ := set $chosen "features" (dict "ocr" (dict "engine" "torch")) -}}
 {{- end -}}
 {{- else -}}
 {{- $names := concat (list (printf "%s-web" (include "insighttag.name" $root))) $root.Values.web.allowedHosts -}}
