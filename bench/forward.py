@@ -59,10 +59,10 @@ def features_of(preset: str) -> FeatureSettings:
         from tests.support.tiny_models import tiny_features
 
         return tiny_features()
-    given: dict[str, Any] = {"preset": preset, "audio": {"weights": "random:0"}}
+    chosen: dict[str, Any] = {"preset": preset, "audio": {"weights": "random:0"}}
     if preset == "classic":
-        given["image"] = {"weights": "random:0"}
-    return FeatureSettings.model_validate(given)
+        chosen["image"] = {"weights": "random:0"}
+    return FeatureSettings.model_validate(chosen)
 
 
 def items(features: FeatureSettings, name: str, rows: int) -> list[Any]:
@@ -180,13 +180,13 @@ def measure(
     if name != "ocr":  # so that a batch is one pass
         section = section.model_copy(update={"batch_size": max(count, section.batch_size)})
         features = features.model_copy(update={name: section})
-    given = items(features, name, count)
-    rows = len(given) * (_PATCHES if name == "audio" else 1)
+    examples = items(features, name, count)
+    rows = len(examples) * (_PATCHES if name == "audio" else 1)
 
     def our_rate(features: FeatureSettings) -> float:
         suite = ExtractorSuite(features, device, (name,), threads=1)
         suite.load()
-        rate = clock.per_s(lambda: suite.run(name, given), rows)
+        rate = clock.per_s(lambda: suite.run(name, examples), rows)
         suite.close()
         return rate
 

@@ -199,14 +199,14 @@ def _open_reader(settings: OcrSettings, device: str, threads: int) -> None:
 
 def _read(seconds: float) -> float:
     """Read pictures for some seconds; gives pictures/s."""
-    given = items(FeatureSettings(), "ocr", 4)
+    examples = items(FeatureSettings(), "ocr", 4)
     # As in realistic posts, every other picture has words.
-    given += [(np.ascontiguousarray(texture(i, 960, 720)),) for i in range(4)]
-    _reader.run("ocr", given)
+    examples += [(np.ascontiguousarray(texture(i, 960, 720)),) for i in range(4)]
+    _reader.run("ocr", examples)
     began, done = time.monotonic(), 0
     while time.monotonic() - began < seconds:
-        _reader.run("ocr", given)
-        done += len(given)
+        _reader.run("ocr", examples)
+        done += len(examples)
     return done / (time.monotonic() - began)
 
 
@@ -273,12 +273,12 @@ def run_parity(features: FeatureSettings, device: str) -> list[dict[str, Any]]:
     names: Sequence[ExtractorName] = ("image", "audio", "text")
     rows = []
     for name in names:
-        given = items(features, name, 8)
+        examples = items(features, name, 8)
         arrays = []
         for settings, where in ((features, device), (features.model_copy(update=exact), "cpu")):
             suite = ExtractorSuite(settings, where, (name,), threads=cores())
             suite.load()
-            arrays.append(np.concatenate(suite.run(name, given)).astype(np.float32))
+            arrays.append(np.concatenate(suite.run(name, examples)).astype(np.float32))
             suite.close()
         one, other = arrays
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)

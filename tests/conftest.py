@@ -95,7 +95,7 @@ def _priority_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _recursion_as_it_was() -> Iterator[None]:
-    """torch's compiler raises Python's limit for good: what nests too deeply would pass after it."""
+    """The compiler of torch raises Python's limit for good; what nests too deeply would pass."""
     limit = sys.getrecursionlimit()
     yield
     sys.setrecursionlimit(limit)

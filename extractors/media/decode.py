@@ -58,7 +58,7 @@ _LOST_SOUND_S = 0.2
 """Seconds that may lack without a word: decoders drop a frame at either end, up to 0.1 s together.
 Double would hide that a short sound is cut."""
 
-_KEPT_BYTES = 64 << 20
+_MOST_IN_MEMORY_BYTES = 64 << 20
 """Packets of a film that are kept for the second pass, which would have to open and read the file
 again: 8 ms of a clip. Half would leave out a minute of 4K; more takes memory for no more gain."""
 
@@ -282,18 +282,18 @@ def _scan(
         if index is not None and packet.stream is video:
             index.add(packet)
             film_bytes += packet.size
-            if film_bytes <= _KEPT_BYTES and not index.past_limit:
+            if film_bytes <= _MOST_IN_MEMORY_BYTES and not index.past_limit:
                 film.append(packet)
         else:
             read += 1
             track.feed(packet)
         if track.full and (index is None or index.past_limit):
             break
-    kept = film if film_bytes <= _KEPT_BYTES else None
+    all_packets = film if film_bytes <= _MOST_IN_MEMORY_BYTES else None
     try:
         waveform = track.waveform()
         if audio is None or not len(waveform):
-            return _Scan(video, index, kept, waveform, "")
+            return _Scan(video, index, all_packets, waveform, "")
         notes = [file_type.note]
         if not track.full:
             notes.append(check_share(read, promised_packets(audio), "packets", file_type))
@@ -304,9 +304,9 @@ def _scan(
                 promised_s = float(audio.duration * audio.time_base)
                 if promised_s - got_s > _LOST_SOUND_S:
                     notes.append(check_share(got_s, promised_s, "s", file_type))
-        return _Scan(video, index, kept, waveform, next(filter(None, notes), ""))
+        return _Scan(video, index, all_packets, waveform, next(filter(None, notes), ""))
     except MediaError as error:
-        return _Scan(video, index, kept, error, "")
+        return _Scan(video, index, all_packets, error, "")
 
 
 def _frames(
@@ -388,9 +388,9 @@ class _Film:
                         self.turned = _turns(orientation(frame))
                     yield frame, len(chosen)
                     # It may be one before the chosen one, in whose place it stands.
-                    wanted = index.times[chosen[count]] if index is not None else last
+                    chosen_s = index.times[chosen[count]] if index is not None else last
                     count += 1
-                    last = max(last, time_of(frame) or last, wanted)
+                    last = max(last, time_of(frame) or last, chosen_s)
                 ended = True
             except FalseKey as lie:
                 if index is not None:

@@ -391,10 +391,10 @@ def _models(engine: str) -> dict[Step, Path]:
 _idle: defaultdict[tuple[object, ...], list[Any]] = defaultdict(list)
 
 
-def _engine(wanted: str, device: str) -> str:
+def _engine(setting: str, device: str) -> str:
     """Return the engine, ``auto`` decided."""
-    if wanted != "auto":
-        return wanted
+    if setting != "auto":
+        return setting
     if device != "cpu":
         import onnxruntime
 
@@ -406,7 +406,7 @@ def _engine(wanted: str, device: str) -> str:
 
 def _open_reader(
     settings: OcrSettings,
-    wanted: str,
+    engine: str,
     models: Mapping[Step, Path],
     device: str,
     networks: Networks | None = None,
@@ -414,8 +414,9 @@ def _open_reader(
     """Return rapidocr with its models loaded, for one picture at a time."""
     from rapidocr import EngineType, RapidOCR
 
-    engine = "onnxruntime" if networks else wanted  # torch has no engine of rapidocr
-    on_gpu = engine == wanted == "onnxruntime" and device != "cpu"
+    on_gpu = engine == "onnxruntime" and device != "cpu"
+    if networks:
+        engine = "onnxruntime"  # torch has no engine of rapidocr
     of_ort, of_openvino = "EngineConfig.onnxruntime", "EngineConfig.openvino"
     parameters: dict[str, Any] = {
         "Global.text_score": settings.min_confidence,

@@ -359,10 +359,10 @@ class _BundleFolder:
         self, folder: Path, expected: Mapping[Stream, str] | None, error: TaggingError
     ) -> None:
         """Load a copy that `keep` has made, since what is in the folder is refused."""
-        kept = {"bundle": folder}
+        copied = {"bundle": folder}
         if self._settings.tags is not None:
-            kept["tags"] = folder / _KEPT_TAGS
-        self.inferer = _opened(self._settings.model_copy(update=kept), self._device, expected)
+            copied["tags"] = folder / _KEPT_TAGS
+        self.inferer = _opened(self._settings.model_copy(update=copied), self._device, expected)
         self._refuse(error, _signature(self._settings))
 
     def keep(self, folder: Path) -> None:
