@@ -326,8 +326,13 @@ def _boxes_of_text(boxes: Any) -> Any:
 
 
 def _decoder(ctc: Any) -> Any:
-    """Return rapidocr's decoder for steps of which the best characters are known already."""
-    return lambda steps, *_, **__: ctc.decode(steps[..., 0].astype(np.int64), steps[..., 1])
+    """Return rapidocr's decoder for steps ``(n, steps, 2)`` of numbers and likelihoods of the best.
+
+    A character that fills several steps in a row is one character.
+    """
+    return lambda steps, *_, **__: ctc.decode(
+        steps[..., 0].astype(np.int64), steps[..., 1], remove_duplicate=True
+    )
 
 
 def _stands_out(small: Picture) -> npt.NDArray[np.bool_]:

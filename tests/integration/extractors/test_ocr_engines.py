@@ -116,6 +116,14 @@ def test_ppocr_reads_every_script_and_direction(ocr: OcrExtractor, name: str) ->
     assert read.replace(" ", "").lower() == text
 
 
+def test_ppocr_reads_letters_and_spaces_once(ocr: OcrExtractor) -> None:
+    """One that is wide enough for two steps of the network is one."""
+    line = "Summer sale, two for one"
+    canvas = np.full((96, 720, 3), 255, np.uint8)
+    cv2.putText(canvas, line, (30, 60), cv2.FONT_HERSHEY_SIMPLEX, 1.5, (0, 0, 0), 3)
+    assert ocr.forward([ocr.preprocess((canvas,))]) == [line]
+
+
 def test_the_finders_end_as_products_gives_the_same_map() -> None:
     """Of onnxruntime, which runs the network as it comes."""
     if not openvino_is_installed():
