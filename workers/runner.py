@@ -31,6 +31,7 @@ from common.errors import (
     TaggingError,
 )
 from common.post import Failure, Modality, Post, Stream, TagResult
+from common.progress import told_if_long
 from common.urls import is_url
 from config.features import ExtractorName, FeatureSettings
 from config.settings import Settings
@@ -182,7 +183,8 @@ class PostRunner:
             self._thread.start()
         if not wait:
             return
-        self._started.wait()
+        with told_if_long("loading the models"):
+            self._started.wait()
         if self._ended_by is not None:
             self.close()
             raise type(self._ended_by)(str(self._ended_by))
@@ -239,12 +241,14 @@ class PostRunner:
         try:
             self.start()
         except BaseException:
-            self.close()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        # After Ctrl-C, too: a model that is being loaded, or runs, cannot be interrupted.
+        with told_if_long("stopping: waiting for the models to finish what they have begun"):
+            self.close()
 
     def _has_room(self) -> bool:
         ended = self._stopping.is_set() or self._ended_by is not None

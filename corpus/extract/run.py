@@ -72,7 +72,7 @@ def watch(results: Iterable[Result], title: str, total: int) -> Iterator[Result]
             failed += bool(result.failures)
             # What was there already costs nothing: it would spoil the rate.
             rate_hz = (done - existing) / max(time.monotonic() - began, 1e-9)
-            bar.update(done, f"{existing:,} there, {failed:,} with failures, {rate_hz:.1f} posts/s")
+            bar.update(done, f"{existing:,} there, {failed:,} failed, {rate_hz:.1f}/s")
             yield result
 
 

@@ -116,6 +116,11 @@ def train_own_posts(plan: OwnTraining) -> TrainingFolder:
         ConfigError: The posts or settings are wrong, or the folder was started with others.
     """
     folder = TrainingFolder(plan.asked.out)
+    # Mistakes are told before the first file is written, not after hours of extraction.
+    training_settings(plan, plan.settings, folder)
+    for path in (plan.asked.source, plan.asked.labels):
+        if path is not None and not path.exists():
+            raise ConfigError(f"{path}: no such file or folder")
     with only_one(plan.asked.out / ".lock", str(plan.asked.out)):
         inputs = _begin(plan, folder)
 
@@ -348,7 +353,7 @@ def _or_without(work: Callable[[], None]) -> None:
     try:
         work()
     except ConfigError as error:
-        notice(f"sound: {error}; it is left to an untrained network")
+        notice(f"{error}: the network for sound stays untrained")
 
 
 def _train_encoder(folder: TrainingFolder, values: Mapping[str, Any], name: str) -> None:
@@ -487,7 +492,7 @@ def training_settings(
         modalities.append("asr")
     values = {
         "data": {
-            "train": folder.side("train"),
+            "train": folder.side("train") or folder.root / "data",  # none before the split
             "valid": folder.side("valid"),
             "test": folder.side("test"),
             "labels": folder.labels,

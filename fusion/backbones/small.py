@@ -93,10 +93,11 @@ class SmallBackbone:
             about = {"arch": section.arch, "kind": kind, "height": size[0], "width": size[1]}
             save_weights(tagger.backbone, out, "backbone", about, learned_from)
 
-        media = " or ".join(_MEDIA[self.name])
+        # A video without sound is no sound.
+        media = "sound" if self.name == "audio" else " or ".join(_MEDIA[self.name])
         train = dataset(self.train, self.max_items[0], chance)
         if not len(train):
-            raise ConfigError(f"no post has {media} to train on")
+            raise ConfigError(f"no post to train on has {media}")
         valid = dataset(self.valid, self.max_items[1], None) if self.valid else None
         if valid is not None and not len(valid):  # few posts, whose videos may all be silent
             notice(f"{self.name}: no validation post has {media}: trained without validation")
@@ -109,7 +110,7 @@ class SmallBackbone:
         def texts(posts: Sequence[Post]) -> tuple[list[str], npt.NDArray[np.float32], list[str]]:
             both = [(t, i) for i, p in enumerate(posts) for t in (p.text, p.ocr or "") if t.strip()]
             if not both:
-                raise ConfigError("no post has a text to train on")
+                raise ConfigError("no post to train on has a text")
             rows = [i for _, i in both]
             ids = [posts[i].post_id for i in rows]
             return [t for t, _ in both], truth_of(posts, self.labels)[rows], ids

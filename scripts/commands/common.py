@@ -38,8 +38,17 @@ _NAMED = 10
 def settings_of(config: Path | None, overrides: Sequence[str] | None) -> Settings:
     """Load the settings and set up the logs by them."""
     settings = load_settings(config, overrides or ())
-    configure_logs(settings.log.format, settings.log.level)
+    configure_quiet_logs(settings)
     return settings
+
+
+def configure_quiet_logs(settings: Settings) -> None:
+    """Set up the logs of a command at a terminal: lines of the default level would tear its bars.
+
+    ``-v`` shows them.
+    """
+    level = "warning" if settings.log.level == "info" else settings.log.level
+    configure_logs(settings.log.format, level)
 
 
 def online_settings(

@@ -20,6 +20,7 @@ from common.errors import (
     path_told,
 )
 from common.post import MEDIA_KINDS, Media, MediaKind
+from common.progress import told_if_long
 from common.urls import is_url, local_source, redact
 from config.settings import Settings
 from scripts.commands.common import AsJson, Config, Overrides, settings_of
@@ -73,7 +74,8 @@ def _local(source: str, settings: Settings) -> Iterator[Path]:
     source = local_source(source)
     if not is_url(source):
         if not Path(source).is_file():
-            raise ConfigError(f"inspect: {source}: no such file")
+            what = "is a folder: name a file in it" if Path(source).is_dir() else "no such file"
+            raise ConfigError(f"inspect: {source}: {what}")
         yield Path(source)
         return
     with tempfile.TemporaryDirectory(prefix="inspect-") as folder:
@@ -195,7 +197,8 @@ def _texts(media: DecodedMedia, settings: Settings) -> list[str]:
         return []
     whole = settings.features.ocr.model_copy(update={"max_chars": sys.maxsize})
     suite = ExtractorSuite(settings.features.model_copy(update={"ocr": whole}), names=("ocr",))
-    suite.load()
+    with told_if_long("loading the models that read text in pictures"):
+        suite.load()
     try:
         return [str(text) for text in suite.run("ocr", [(p,) for p in media.pictures])]
     finally:

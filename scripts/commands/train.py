@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import Script, json_report, say
 from common.errors import ConfigError
-from common.logs import configure_logs
 from config.load import DEFAULT_CONFIG, did_you_mean, parse_overrides, settings_with
 from config.presets import Preset, merge
 from config.settings import InferSettings, Settings
 from config.train import TrainSettings
 from corpus.from_files.options import Options
+from scripts.commands.common import configure_quiet_logs
 
 if TYPE_CHECKING:
     from corpus.from_files.training import TrainingFolder
@@ -31,7 +31,7 @@ def _run(options: Options) -> None:
     options = replace(options, config=config, preset=preset)
     values = parse_overrides(options.overrides or ())
     with json_report(options.as_json) as report:
-        folder, tested = train_own(options, values, "--set", _quiet_logs)
+        folder, tested = train_own(options, values, "--set", configure_quiet_logs)
         say(
             f"bundle   {folder.bundle}\nreport   {folder.report}\n"
             f"serve    insighttag serve --config {folder.settings}\n"
@@ -44,12 +44,6 @@ def _run(options: Options) -> None:
             "metrics": json.loads(folder.metrics.read_text(encoding="utf-8")),
             "test": tested and tested.metrics,
         }
-
-
-def _quiet_logs(settings: Settings) -> None:
-    # Lines of the default level would tear the progress bars.
-    level = "warning" if settings.log.level == "info" else settings.log.level
-    configure_logs(settings.log.format, level)
 
 
 SCRIPT = Script(

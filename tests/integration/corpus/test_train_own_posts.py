@@ -212,6 +212,28 @@ def test_a_folder_that_is_not_ours_is_left_alone(
     assert "holds files that insighttag train has not written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--labels", "none.csv"], "none.csv: no such file"),
+        (["--set", "trainer.epoch=3"], "trainer.epoch: unknown key; did you mean 'epochs'?"),
+        (["--set", "model.name=best"], "model.name"),
+        (["--set", "features.image.size=3"], "features.image.size: unknown key"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+    wrong: list[str],
+    named: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "mine"
+    assert run([*words(folder), "--out", str(out), *wrong]) == 2
+    assert named in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_posts_without_labels_are_refused_and_can_be_mended(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -408,7 +408,7 @@ def test_one_file_is_served_where_the_settings_say(posts: Path, tmp_path: Path) 
     assert Path(served["out"]).exists()
     for task, backbone, text in (
         ("video_backbone", served, "backbone.out: a video_backbone writes two files"),
-        ("audio_backbone", {"arch": "tfidf"}, "no post has video or audio to train on"),
+        ("audio_backbone", {"arch": "tfidf"}, "no post to train on has sound"),
     ):
         wrong = settings(posts, out, task, backbone=backbone)
         with pytest.raises(ConfigError, match=text):

@@ -319,6 +319,13 @@ def test_a_refusal_is_raised(tmp_path: Path) -> None:
         runner.submit(Post("p", "words"))
 
 
+def test_whoever_waits_for_models_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with PostRunner(SETTINGS, pool=FakePool(tmp_path, ready_after_s=2)):
+        assert capsys.readouterr().err == "loading the models\n"
+
+
 def test_a_runner_that_was_never_started(tmp_path: Path) -> None:
     """Constructing starts nothing, and closing needs no start."""
     runner = PostRunner(toy_settings(tmp_path / "spool"))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from common.progress import Bar, on_console, told_if_long
 
-NOTE = "12,345 there, 678 with failures, 27.7 posts/s"
+NOTE = "12,345 there, 678 failed, 27.7/s"
 
 
 def drawn(width: int) -> str:
