@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 from rich.markup import escape
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 from common.cli import HELP, USAGE_ERROR, WORDS, Script, complain, exit_code, say, usage_message
 
@@ -296,8 +296,20 @@ def _fit_help(command: Any) -> None:
         parameter.help = escape(getattr(parameter, "help", None) or "")
         if getattr(parameter, "is_flag", False):
             parameter.metavar = ""
+        elif isinstance(parameter, TyperOption) and parameter.metavar is None:
+            _shorten_type(parameter, typer.Context(command))
     for each in getattr(command, "commands", {}).values():
         _fit_help(each)
+
+
+def _shorten_type(option: TyperOption, context: Any) -> None:
+    """Leave the room of a line for what an option does: its choices go there, too."""
+    shown = option.display_type_rich(context) or ""
+    if "|" in shown:
+        choices = shown.strip("<>").replace("|", ", ")
+        option.metavar, option.help = "X", f"{option.help} One of: {choices}."
+    elif shown.startswith(("<int", "<float")):
+        option.metavar = "N"
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ class InferOptions:
     output: Annotated[
         str | None,
         option(
-            "file, or mongodb://HOST/DATABASE.COLLECTION; default standard output",
+            "file, or mongodb://HOST/DB.COLLECTION; default standard output",
             "F",
             "--out",
             "--output",

@@ -24,8 +24,9 @@ def tune(
     search: Annotated[
         list[str] | None,
         option(
-            "A key and its values; repeatable. Default: learning rate, weight decay, average.",
-            "KEY=LOW..HIGH|KEY=A|B",
+            "A key and its range, KEY=LOW..HIGH, or its choices, KEY=A|B; repeatable. Default: "
+            "learning rate, weight decay, average.",
+            "KEY=X",
         ),
     ] = None,
     overrides: Annotated[

@@ -1,6 +1,7 @@
 """The tree of commands, options that every command takes, and `insighttag init`."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -151,7 +152,10 @@ def test_the_spelling_of_the_scripts_is_understood(words: str, same: str, app: A
     assert context_of(app, words.split()).params == context_of(app, same.split()).params
 
 
-def test_help_shows_hyphens_and_keeps_square_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_hyphens_and_keeps_square_brackets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no line breaks in the brackets
     assert run(["build", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--test-since" in out
@@ -167,6 +171,17 @@ def test_help_shows_no_value_behind_a_flag_and_fills_its_lines(
     out = capsys.readouterr().out
     assert "<bool>" not in out
     assert "weights, bundle, disk space, ports," in out
+
+
+def test_help_is_whole_at_eighty_columns(
+    app: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich ends a word that is longer than its column in an ellipsis."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for path in leaves(app):
+        assert run([*path.split(), "--help"]) == 0
+    cut = [line for line in capsys.readouterr().out.splitlines() if re.search(r"\S… +│|… ", line)]
+    assert [line for line in cut if "ID…" not in line and "DIR…" not in line] == []
 
 
 @pytest.mark.parametrize(
