@@ -189,7 +189,7 @@ def _open(path: Path, side: int = READ_SIDE) -> _Picture:
             exif = _exif(image)
         if width < 1 or height < 1:
             raise ValueError("no pixels")
-    orientation = exif.get(Tag.Orientation, 1)
+        orientation = exif.get(Tag.Orientation, 1)  # decoded only now, with warnings of its own
     if orientation in (5, 6, 7, 8):
         width, height = height, width
     share = whole / frames if cut and frames > 1 else 1.0
@@ -239,6 +239,10 @@ def _know_heif(file_type: FileType) -> None:
     register_heif_opener()
 
 
+class _Cut(MediaError):
+    """Raised where the pixels of a JPEG end before the file does."""
+
+
 @contextlib.contextmanager
 def _reading(file_type: FileType) -> Iterator[None]:
     """Turn what Pillow and OpenCV raise at a bad file into one line."""
@@ -259,14 +263,22 @@ def _reading(file_type: FileType) -> Iterator[None]:
 _END_OF_JPEG = b"\xff\xd9"
 _SEGMENT = re.compile(rb"\xff[\x01-\xfe]")
 _BEHIND_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither a stuffed byte nor a restart
+_METADATA = (*range(0xE0, 0xF0), 0xFE)
+_NEEDED = (b"JFIF\0", b"Adobe", b"Exif\0")  # for the colours and the orientation
+_NEEDED_BYTES = 12  # libjpeg ignores shorter ones, and Pillow refuses the picture
+
+_BLANK_BYTES = 512
+"""A block of a disk that was allocated and never written, at the end of a JPEG that is cut. Half
+could be the code of a large even area; double would hide that small pictures are cut."""
 
 
 def _jpeg(data: bytes) -> tuple[bytes, bool]:
     """Return a JPEG up to its end without stray bytes between segments, and True where it is cut.
 
-    Phones append films and further pictures, which are none of its scans; the list of these
-    (MPF) is left out, since it would lead there. ValueError for one that is nothing but segments,
-    scans or stray bytes, or a progressive one of which scans are missing altogether.
+    Phones append films and further pictures, which are not among its scans. Metadata that no pixel
+    depends on is left out: Pillow refuses a picture if some of it is damaged, and follows the list
+    of further pictures (MPF). ValueError for one that is nothing but segments, scans or stray
+    bytes, or a progressive one of which scans are missing altogether.
     """
     view = memoryview(data)  # copied once, when its pieces are joined
     pieces, position, parts, scans, cut = [view[:2]], 2, 0, 0, True
@@ -289,8 +301,9 @@ def _jpeg(data: bytes) -> tuple[bytes, bool]:
                 band = range(head[-3], head[-2] + 1)
                 missing -= {(component, k) for component in head[1:-3:2] for k in band}
             behind = _BEHIND_SCAN.search(data, end)
-            end = behind.start() if behind else len(data)
-        if not (mark == 0xE2 and head.startswith(b"MPF\0")):
+            end = behind.start() if behind else _written_bytes(data)
+        needed = head.startswith(_NEEDED) and len(head) >= _NEEDED_BYTES
+        if needed or mark not in _METADATA:
             pieces.append(view[start:end])
         position = end
         if parts > MAX_PARTS or scans > _MAX_SCANS:
@@ -298,6 +311,12 @@ def _jpeg(data: bytes) -> tuple[bytes, bool]:
     if not scans or (cut and missing):
         raise ValueError("truncated")
     return b"".join([*pieces, _END_OF_JPEG]), cut
+
+
+def _written_bytes(data: bytes) -> int:
+    """Return the length of a JPEG that is cut, without what was never written at its end."""
+    end = len(data.rstrip(b"\0\xff"))
+    return end if len(data) - end >= _BLANK_BYTES else len(data.rstrip(b"\xff"))
 
 
 _FRAME_CHUNKS = (b"fcTL", b"fdAT")
@@ -411,6 +430,8 @@ def _still(picture: _Picture) -> tuple[Pixels, float]:
     if not picture.cut or picture.frames > 1:
         try:
             return _decode_still(picture), picture.share
+        except _Cut:
+            pass
         except MediaError:
             if picture.file_type.family not in ("bmp", "tiff"):  # their length is not checked
                 raise
@@ -457,17 +478,20 @@ def _decode_jpeg(picture: _Picture) -> Pixels | None:
     width = -(-image.width // factor) if factor > 1 else 0
     try:
         pixels: Any = simplejpeg.decode_jpeg(picture.content, "RGB", min_width=width)
-    except ValueError:  # also for what libjpeg only warns of
+    except ValueError as error:  # also for what libjpeg only warns of
+        if "premature end" in str(error):  # libjpeg fills up with grey
+            raise _Cut("its pixels end early") from error
         return None
     if picture.orientation not in _TRANSPOSED:
         return cast("Pixels", pixels)
     return np.asarray(_upright(Image.fromarray(pixels), image))
 
 
-def _draft(image: Any, side: int) -> None:
-    """Let a large JPEG be decoded at a fraction of its size; nothing for other formats."""
+def _draft(image: Any, side: int) -> int:
+    """Let a large JPEG be decoded at a fraction of its size, 1/n; return n."""
     factor = _reduction(image.size, side)
     image.draft(None, (image.width // factor, image.height // factor))
+    return factor
 
 
 def _reduction(size: tuple[int, int], side: int) -> int:
@@ -481,23 +505,28 @@ def _reduction(size: tuple[int, int], side: int) -> int:
     return 1
 
 
-_NOISE = bytes(range(1, 255)) * 400
+_NOISE = bytes(range(1, 255)) * 400 + b"".join(bytes([0xFF, 0xD0 + i, *range(9)]) for i in range(8))
+"""With all restart markers: a JPEG that is cut in front of one goes on with that one only."""
 
 
 def _salvage(picture: _Picture) -> tuple[Pixels, float]:
     """Decode what there is of a cut still; return it and its share of the pixels.
 
-    It is decoded twice, with other content where some is missing: the same pixels are there.
+    It is decoded twice, with other content where some is missing: pixels that are equal were there.
+    In a JPEG that is not progressive, everything behind the first difference is missing, also where
+    libjpeg makes it grey both times.
     """
+    jpeg, factor = picture.file_type.family == "jpeg", 1
     images = []
     for other in (False, True):
         content = picture.content
-        if picture.file_type.family == "jpeg":
+        if jpeg:
             end = (_NOISE if other else b"") + _END_OF_JPEG
             content = content[: -len(_END_OF_JPEG)] + end
         image: Any = Image.open(_Source(content), formats=[picture.file_type.family])
-        _draft(image, picture.side)
-        if picture.file_type.family != "jpeg":
+        if jpeg:
+            factor = _draft(image, picture.side)
+        else:
             image.load_prepare()
             ink = 255 * other
             image.im.paste(ink if len(image.getbands()) == 1 else (ink,) * 4, (0, 0, *image.size))
@@ -507,8 +536,25 @@ def _salvage(picture: _Picture) -> tuple[Pixels, float]:
             image.tile = []  # what was decoded stays
         images.append(image)
     same = np.asarray(images[0]) == np.asarray(images[1])
-    share = float((same if same.ndim == 2 else same.all(axis=2)).mean())
-    return _rgb(images[0]), share
+    same = same if same.ndim == 2 else same.all(axis=2)
+    if jpeg and not images[0].info.get("progressive"):
+        rows = 8 * max(v for _, _, v, _ in images[0].layer) // factor
+        return _rgb(images[0]), _share_before(same, rows)
+    return _rgb(images[0]), float(same.mean())
+
+
+def _share_before(same: Any, rows: int) -> float:
+    """Return the share of pixels in front of the first difference, in strips of `rows`.
+
+    Colours are smoothed across strips: one row above a strip that differs may differ too.
+    """
+    other = np.flatnonzero(~same.all(axis=1))
+    if not other.size:
+        return 1.0
+    top = (int(other[0]) + 1) // rows * rows
+    left = int((~same[top : top + max(1, rows // 2)].all(axis=0)).argmax())
+    before = top * same.shape[1] + min(rows, len(same) - top) * left
+    return float(before / same.size)
 
 
 def _rgb(image: Any) -> Pixels:
@@ -526,12 +572,8 @@ def _rgb(image: Any) -> Pixels:
     return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
-def _turn(image: Any) -> Image.Transpose | None:
-    return _TRANSPOSED.get(_exif(image).get(Tag.Orientation, 1))
-
-
 def _upright(pixels: Any, image: Any) -> Any:
-    turn = _turn(image)
+    turn = _TRANSPOSED.get(_exif(image).get(Tag.Orientation, 1))
     return pixels if turn is None else pixels.transpose(turn)
 
 

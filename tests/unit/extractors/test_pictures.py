@@ -1,5 +1,7 @@
 """Pictures: every way that a picture can be stored gives the same upright RGB."""
 
+import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -59,6 +61,43 @@ def test_cmyk_jpeg(tmp_path: Path, adobe: bool) -> None:
     assert np.abs(one(path)[10, 10].astype(int) - media.RED).max() < 10
 
 
+def with_segments(data: bytes, *segments: tuple[int, bytes]) -> bytes:
+    """A JPEG with further segments behind its beginning."""
+    heads = ((struct.pack(">BBH", 0xFF, mark, len(body) + 2), body) for mark, body in segments)
+    return data[:2] + b"".join(head + body for head, body in heads) + data[2:]
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        (0xE2, b"ICC_PROFILE\0"),
+        (0xE2, b"ICC_PROFILE\0\x02\x05" + bytes(100)),
+        (0xE2, b"MPF\0MM\0*\0\0"),
+        (0xE0, b"JFIF\0"),
+        (0xEE, b"Adobe"),
+        (0xED, b"Photoshop 3.0\x008BIM\x04\x04"),
+        (0xE1, b"Exif\0"),
+        (0xFE, b""),
+    ],
+)
+def test_broken_metadata_is_ignored(tmp_path: Path, segment: tuple[int, bytes]) -> None:
+    """A profile, a preview or a comment that is cut does not cost the picture."""
+    path = media.write_jpeg(tmp_path / "a.jpg", media.quadrants(96, 64))
+    whole, data = one(path), path.read_bytes()
+    path.write_bytes(with_segments(data, segment, (0xE0 + segment[0] % 16, bytes(40))))
+    assert np.array_equal(one(path), whole)
+
+
+def test_an_orientation_of_two_numbers(tmp_path: Path) -> None:
+    """Counts, without the warning of Pillow, which would fail this test."""
+    path = media.write_jpeg(tmp_path / "a.jpg", media.solid(32, 24), orientation=6)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"\x01\x12\0\x03\0\0\0\x01", b"\x01\x12\0\x03\0\0\0\x02"))
+    assert path.read_bytes() != data
+    assert picture_size(path) == (24, 32)
+    assert one(path).shape == (32, 24, 3)
+
+
 def test_gif_frames_that_build_on_each_other(tmp_path: Path) -> None:
     """A GIF whose frames hold only what changed is composed, and its holes are white."""
     first = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
@@ -97,6 +136,59 @@ def test_truncated_pictures(
         assert "\n" not in str(caught.value)
         assert str(tmp_path) not in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+def jpeg_of(width: int, height: int, mode: str = "RGB", **options: Any) -> bytes:
+    """A JPEG with equally much in each of its parts."""
+    even: Any = cv2.resize(
+        media.noise(width // 8, height // 8), (width, height), interpolation=cv2.INTER_CUBIC
+    )
+    file = io.BytesIO()
+    Image.fromarray(even).convert(mode).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+def percent(path: Path) -> int:
+    """Of a JPEG's pixels, as its note or error says; 100 without one."""
+    notes: list[str] = []
+    try:
+        read(path, notes=notes)
+    except MediaError as error:
+        notes = [str(error)]
+    if not notes:
+        return 100
+    said = re.match(r"truncated JPEG picture: (\d+) of 100 percent of its pixels", notes[0])
+    assert said, notes
+    return int(said[1])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("restarts", [0, 1, 40])
+@pytest.mark.parametrize("size", [(640, 480), (1600, 1200)])
+def test_what_is_missing_of_a_cut_jpeg(
+    tmp_path: Path, size: tuple[int, int], restarts: int, mode: str
+) -> None:
+    """Measured for large ones, with restart markers, and where disk blocks were never written."""
+    data = jpeg_of(*size, mode, restart_marker_blocks=restarts)
+    path = tmp_path / "a.jpg"
+    for keep in (10, 50, 85, 95):
+        cut = data[: len(data) * keep // 100]
+        for blank in (b"", bytes(8192), b"\xff" * 8192, b"\xff"):
+            path.write_bytes(cut + blank)
+            assert abs(percent(path) - keep) <= 2
+    for blank in (b"", bytes(8192), b"\xff" * 8192):
+        path.write_bytes(data[:-2] + blank)
+        assert percent(path) == 100
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("lost", [2, 5, 30])
+def test_what_is_missing_inside_a_jpeg(tmp_path: Path, lost: int, mode: str) -> None:
+    """Measured though the file has its end: libjpeg fills up with grey."""
+    data = jpeg_of(640, 480, mode)
+    path, half = tmp_path / "a.jpg", len(data) // 2
+    path.write_bytes(data[:half] + data[half + len(data) * lost // 100 :])
+    assert abs(percent(path) - (100 - lost)) <= 2
 
 
 def test_the_thumbnails_end_is_not_the_pictures(tmp_path: Path) -> None:
