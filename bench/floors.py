@@ -32,7 +32,7 @@ def broken_floors(
                 continue
             value: Any = row
             for key in path.split("."):
-                value = value[key]
+                value = value.get(key) if value is not None else None
             name = " ".join([path, *map(str, where.values())])
             if value is None:
                 broken.append(f"{name} was not measured")

@@ -93,7 +93,14 @@ def workload(
             **sections,
         }
     )
-    tiny_bundle(folder / "bundle", settings.features)
+    # It goes by shapes and fingerprints: nothing is traced, and half precision not held to float32.
+    plain = {"engine": "torch", "precision": "fp32"}
+    exact = {
+        name: section.model_copy(update={k: v for k, v in plain.items() if hasattr(section, k)})
+        for name in ("video", "image", "audio", "text")
+        for section in [getattr(settings.features, name)]
+    }
+    tiny_bundle(folder / "bundle", settings.features.model_copy(update=exact))
     web = folder / "web"
     if name == "realistic":
         entries = _realistic(web, _MADE[name], clips)

@@ -240,6 +240,8 @@ class Encoder(ABC):
         The whole network is a fifth faster on a GPU than products alone, between which values are
         cast to and fro; networks with batch norms often need the latter, or float32.
         """
+        import torch
+
         half, exact = self._arithmetic, self._network
         if half == "fp32":
             return
@@ -255,6 +257,8 @@ class Encoder(ABC):
                 return
             try:
                 cosine = min(map(least_cosine, self._of_examples(self._features), expected))
+            except torch.cuda.OutOfMemoryError:
+                raise  # float32 would take twice as much
             except RuntimeError:  # types that do not go together
                 cosine = 0.0
             if cosine >= LEAST_COSINE:
@@ -515,7 +519,7 @@ def download(features: torch.Tensor) -> Callable[[], Rows]:
     copy = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
     copy.copy_(features, non_blocking=True)
     cuda: Any = torch.cuda
-    done = cuda.Event()
+    done = cuda.Event(blocking=True)  # a thread sleeps until then; else it would keep a core busy
     done.record(cuda.current_stream(features.device))
 
     def wait() -> Rows:

@@ -6,6 +6,7 @@ Each in a process of its own would load torch for seconds.
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import bundle_swaps
 import forward
+import gpu
 import latency
 import overhead
 import peers
@@ -59,6 +61,27 @@ def test_every_benchmark_says_how_it_is_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {Path(script).name: [0, "usage: "] for script in SCRIPTS}
+
+
+def test_a_case_on_a_gpu_that_fails_costs_no_other(tmp_path: Path) -> None:
+    """A machine may be lent for minutes only: what was measured is written at once."""
+    written: list[str] = []
+
+    def broken() -> list[dict[str, Any]]:
+        written.append((tmp_path / "gpu.json").read_text("utf-8"))
+        raise RuntimeError("CUDA error")
+
+    steps = {"first": lambda: [{"case": "first"}], "second": broken}
+    steps["third"] = lambda: [{"case": "third"}]
+    rows = gpu.run_all(steps, "cuda:0", tmp_path, time.monotonic() + 60)
+    assert [row["case"] for row in json.loads(written[0])["results"]] == ["first"]
+    assert [(row["case"], row.get("error")) for row in rows] == [
+        ("first", None),
+        ("second", "RuntimeError: CUDA error"),
+        ("third", None),
+    ]
+    [late] = gpu.run_all({"first": steps["first"]}, "cuda:0", tmp_path, time.monotonic() - 1)
+    assert "--minutes" in late["error"]
 
 
 @pytest.fixture(scope="module")

@@ -110,17 +110,19 @@ def dinov3(folder: Path) -> Path:
 
 def _sentence(folder: Path, mode: str) -> None:
     keys = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
-    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling").mkdir(exist_ok=True)
     modes = {f"pooling_mode_{key}": name == mode for name, key in keys.items()}
     (folder / "1_Pooling/config.json").write_text(json.dumps(modes), "utf-8")
 
 
-def sentence_bert(folder: Path, mode: str = "mean") -> Path:
+def sentence_bert(folder: Path, mode: str = "mean", **shape: int) -> Path:
     """MiniLM, E5, BGE: a BERT with sentence-transformers' note of its pooling."""
     from transformers import BertConfig
 
     wordpiece(folder, model_max_length=64)
-    config = BertConfig(**_TOWER, vocab_size=len(VOCABULARY), max_position_embeddings=64)
+    config = BertConfig(
+        **{**_TOWER, **shape}, vocab_size=len(VOCABULARY), max_position_embeddings=64
+    )
     _save(folder, "BertModel", config)
     _sentence(folder, mode)
     return folder

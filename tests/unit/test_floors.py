@@ -30,6 +30,10 @@ FLOORS = yaml.safe_load(FILE.read_text(encoding="utf-8"))
             {"where": {"broker": "redis"}, "figure": "busy", "least": 60},
             ["busy redis was not measured"],
         ),
+        (
+            {"where": {"broker": "rabbitmq"}, "figure": "gpu.busy", "least": 60},
+            ["gpu.busy rabbitmq was not measured"],
+        ),
         ({"where": {"broker": "none"}, "figure": "posts_per_s", "least": 1000}, []),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import structlog
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.errors import ConfigError
 from config.features import OcrSettings
@@ -169,11 +170,15 @@ def test_torch_runs_the_networks_as_onnxruntime_does(
         [expected] = session.run(None, {session.get_inputs()[0].name: batch})
         assert np.ptp(expected) > 0
         np.testing.assert_allclose(output, expected, rtol=1e-3, atol=1e-5)
-        # Tensors without values: a pass that asks for one would wait for the GPU.
-        only_shapes = Network(path, "meta", "fp16")(
-            torch.empty(shape, dtype=torch.float16).to("meta")
-        )
-        assert only_shapes.shape == expected.shape
+        # Without values: a pass that asks for one would wait for the GPU, one that was left on the
+        # CPU or in float32 is an error.
+        with FakeTensorMode():
+            fake = Network(path, "cuda:0", "fp16")
+            on_gpu = torch.empty(shape, dtype=torch.float16, device="cuda:0")
+            with torch.inference_mode():
+                half = fake(on_gpu)
+        assert (half.shape, half.dtype) == (expected.shape, torch.float16)
+        assert half.device == torch.device("cuda:0")
 
 
 def test_an_operation_that_torch_lacks_here_is_named(tmp_path: Path) -> None:

@@ -91,3 +91,17 @@ def test_half_precision_where_vectors_stay(
     found = encoder.run(ROWS).astype(np.float32)
     cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1)
     assert (cosines / np.linalg.norm(expected, axis=1)).min() >= 0.999
+
+
+class TooLarge(Plain):
+    """It says in half precision that memory is full."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.dtype != torch.float32:
+            raise torch.cuda.OutOfMemoryError("full")
+        return super().forward(rows)
+
+
+def test_full_memory_is_no_reason_for_float32() -> None:
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        OfOneNetwork(TooLarge()).load()

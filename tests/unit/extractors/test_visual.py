@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
 from config.features import ImageSettings, VideoSettings
+from extractors.models.base import download
 from extractors.models.visual import TimmBackbone, VisualExtractor
 from tests.support.mistakes import one_line
 from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
@@ -216,6 +218,24 @@ def test_a_batch_begins_before_the_result_of_the_last_one_is_waited_for() -> Non
     assert events == ["begin 4", "begin 4", "wait 4", "begin 3", "wait 4", "wait 3"]
     for rows, item in zip(vectors, items, strict=True):
         np.testing.assert_allclose(rows, model.run(item), atol=1e-3)
+
+
+def test_a_thread_that_waits_for_a_gpu_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's own way is to ask again and again: a core for each of the threads that read text."""
+    said: list[tuple[str, Any]] = []
+
+    class Event:
+        def __init__(self, *, blocking: bool = False) -> None:
+            said.append(("sleeps", blocking))
+
+        def record(self, stream: Any) -> None:
+            said.append(("records", stream))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    with FakeTensorMode():
+        download(torch.empty(2, 3, device="cuda:1"))
+    assert said == [("sleeps", True), ("records", "cuda:1")]
 
 
 def test_values_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
