@@ -6,11 +6,16 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from common.logs import visible
+
+_WHOLE = 36
+"""Characters of a UUID, the longest of the usual names."""
 
 
 def console(width: int = 160) -> Console:
@@ -36,4 +41,10 @@ def print_table(
         table.add_row(
             *(cell if isinstance(cell, Text) else Text(visible(str(cell))) for cell in cells)
         )
-    console(width).print(table)
+    screen = console(width)
+    if Measurement.get(screen, screen.options, table).maximum >= screen.width:
+        table.collapse_padding = True  # a blank less between columns folds fewer cells
+        # The first column names a row: it is copied, and in two parts it is not found again.
+        names = table.columns[0]
+        names.no_wrap = all(cell_len(str(cell)) <= _WHOLE for cell in names.cells)
+    screen.print(table)

@@ -25,6 +25,9 @@ from scripts.commands.services import view_json
 
 _TIMEOUT_S = 3.0
 _FRESH_S = 10.0
+# What a worker's name says already, and what top shows: with them the table is wider than eighty
+# columns.
+_NOT_SHOWN = ("role", "batches")
 
 
 def status(as_json: AsJson = False, config: Config = None, overrides: Overrides = None) -> None:
@@ -160,6 +163,6 @@ def _print_king(king: dict[str, Any] | None) -> None:
     say(f"          since its start: {', '.join(f'{v} {k}' for k, v in counters.items())}\n")
     workers = king.get("workers") or []
     if workers:
-        columns = tuple(workers[0])
+        columns = tuple(key for key in workers[0] if key not in _NOT_SHOWN)
         rows = [[_cell(worker.get(column)) for column in columns] for worker in workers]
         print_table("", columns, rows)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from corpus.from_files.training import TrainingFolder
     from fusion.infer.inference import InferReport
 
-# Of the training alone; data, save_dir and the like are the command's own.
-_TRAINING = set(TrainSettings.model_fields) - {"task", "data"}
+# Of the training alone; the data files, save_dir and the like are the command's own.
+_TRAINING = set(TrainSettings.model_fields) - {"task"}
+_DATA = ("modalities", "loaders", "cache_mb", "skip_bad")
 
 
 def _run(options: Options) -> None:
@@ -88,6 +89,12 @@ def _settings_of(
     odd = next((key for key in values if key not in known), None)
     if odd is not None:
         raise ConfigError(f"{source}: {odd}: unknown key{did_you_mean(odd, known)}")
+    data = values.get("data", {})
+    if own := sorted({*data} - {*_DATA}):
+        raise ConfigError(
+            f"{source}: data.{own[0]}: insighttag train sets it itself; of data it takes "
+            f"{', '.join(_DATA)}"
+        )
     of_extractors = {key: value for key, value in values.items() if key not in _TRAINING}
     if preset is not None:
         of_extractors = merge({"features": {"preset": preset}}, of_extractors)

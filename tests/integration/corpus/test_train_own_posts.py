@@ -218,6 +218,8 @@ def test_a_folder_that_is_not_ours_is_left_alone(
         (["--labels", "none.csv"], "none.csv: no such file"),
         (["--set", "trainer.epoch=3"], "trainer.epoch: unknown key; did you mean 'epochs'?"),
         (["--set", "model.name=best"], "model.name"),
+        (["--set", "data.train=my.json"], "data.train: insighttag train sets it itself"),
+        (["--set", "data.modalities=[smell]"], "data.modalities"),
         (["--set", "features.image.size=3"], "features.image.size: unknown key"),
     ],
 )
