@@ -268,7 +268,7 @@ _NEEDED = (b"JFIF\0", b"Adobe", b"Exif\0")  # for the colours and the orientatio
 _NEEDED_BYTES = 12  # libjpeg ignores shorter ones, and Pillow refuses the picture
 
 _BLANK_BYTES = 512
-"""A block of a disk that was allocated and never written, at the end of a JPEG that is cut. Half
+"""A block of a disk that was allocated and never written, at the end of a file that is cut. Half
 could be the code of a large even area; double would hide that small pictures are cut."""
 
 
@@ -353,7 +353,8 @@ def _webp(data: bytes) -> bytes:
     """Return a WebP whose header tells the size that its chunks have.
 
     Writers that cannot seek back leave 0 or the largest number there, others count the header, or
-    leave out the last byte, which pads. ValueError where a chunk is cut.
+    leave out the last byte, which pads. ValueError where a chunk is cut, or pixels end in a block
+    that was never written.
     """
     told = 8 + int.from_bytes(data[4:8], "little")
     position = 12
@@ -363,7 +364,8 @@ def _webp(data: bytes) -> bytes:
         if behind or len(size) < 4 or not kind.strip(b" ").isalnum():
             break
         position += 8 + int.from_bytes(size, "little")
-        if position > len(data):
+        last = data[max(0, position - _BLANK_BYTES) : position]
+        if position > len(data) or (kind[:3] in (b"VP8", b"ANM") and not last.strip(b"\0")):
             raise ValueError("truncated")
         position += position & 1
     if position == told <= len(data):

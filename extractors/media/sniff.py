@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -324,14 +325,21 @@ def read_file(path: Path, kind: MediaKind) -> tuple[FileType, bytes]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         # Without a buffer, which large reads would only be copied through.
-        with path.open("rb", buffering=0) as stream:
+        with open(path, "rb", buffering=0, opener=_without_waiting) as stream:
             yield stream
     except OSError as error:
         raise MediaError(f"cannot be read: {error.strerror}") from error
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for somebody to write
+
+
 def _checked_type(stream: BinaryIO, kind: MediaKind) -> FileType:
-    size = os.fstat(stream.fileno()).st_size
+    status = os.fstat(stream.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError("is not a regular file, but a pipe or a device")
+    size = status.st_size
     if not size:
         raise MediaError("the file is empty")
     file_type = type_of(stream)

@@ -1,5 +1,6 @@
 """The joint between files and extractors: what is allocated, what is imported, what is refused."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,14 @@ def test_ocr_settings_do_not_change_the_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MEDIA_KINDS)
-@pytest.mark.parametrize("case", ["missing", "empty", "folder", "random", "text"])
+@pytest.mark.parametrize("case", ["missing", "empty", "folder", "pipe", "random", "text"])
 def test_bad_files(tmp_path: Path, kind: MediaKind, case: str) -> None:
     """Each is a MediaError of one line without the path."""
     path = tmp_path / "file"
     if case == "folder":
         path.mkdir()
+    elif case == "pipe":  # nobody writes to it: opening it would wait for ever
+        os.mkfifo(path)
     elif case == "random":
         media.write_random(path)
     elif case != "missing":

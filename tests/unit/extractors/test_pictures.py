@@ -181,6 +181,22 @@ def test_what_is_missing_of_a_cut_jpeg(
         assert percent(path) == 100
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_webp_whose_end_was_never_written(tmp_path: Path, frames: int, lossless: bool) -> None:
+    """Is cut: its decoder makes something of zeros. Those behind a whole one are nothing."""
+    path = tmp_path / "a.webp"
+    pages = [Image.fromarray(media.noise(64, 48, seed)) for seed in range(frames)]
+    options: Any = {"save_all": frames > 1, "append_images": pages[1:], "lossless": lossless}
+    pages[0].save(path, **options)
+    data = path.read_bytes()
+    path.write_bytes(data + bytes(8192))
+    assert one(path).shape == (48, 64, 3)
+    path.write_bytes(data[:-800] + bytes(800))
+    with pytest.raises(MediaError, match=r"^truncated WebP picture$"):
+        one(path)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("lost", [2, 5, 30])
 def test_what_is_missing_inside_a_jpeg(tmp_path: Path, lost: int, mode: str) -> None:
