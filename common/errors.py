@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import cast
 
@@ -27,6 +27,29 @@ class TaggingError(Exception):
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """Return an error's text on one line, cut to a limit, or else the name of its type."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+# By name and text: torch is not imported here, and may not be in a process at all. A library of
+# CUDA that finds no memory has an error of its own.
+_NO_MEMORY = ("can't allocate memory", "cuda error: out of memory", "_status_alloc_failed")
+_LOST_DEVICE = ("device-side assert", "cuda error", "cublas_status", "cudnn_status_execution")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True where the memory of the host or a device was full: less may fit."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or _says(error, _NO_MEMORY)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Return True for an error of CUDA that no later call in this process would survive."""
+    return _says(error, _LOST_DEVICE) and not is_out_of_memory(error)
+
+
+def _says(error: BaseException, signs: Sequence[str]) -> bool:
+    kind = isinstance(error, RuntimeError) or type(error).__name__ == "AcceleratorError"
+    text = str(error).lower()
+    return kind and any(sign in text for sign in signs)
 
 
 class RetryableError(TaggingError):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from common.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError, is_device_lost, is_out_of_memory
 from common.fingerprint import digest
 from common.post import FeatureArray, Stream
 from common.precision import (
@@ -240,8 +240,6 @@ class Encoder(ABC):
         The whole network is a fifth faster on a GPU than products alone, between which values are
         cast to and fro; networks with batch norms often need the latter, or float32.
         """
-        import torch
-
         half, exact = self._arithmetic, self._network
         if half == "fp32":
             return
@@ -257,9 +255,8 @@ class Encoder(ABC):
                 return
             try:
                 cosine = min(map(least_cosine, self._of_examples(self._features), expected))
-            except torch.cuda.OutOfMemoryError:
-                raise  # float32 would take twice as much
-            except RuntimeError:  # types that do not go together
+            except RuntimeError as error:  # types that do not go together
+                pass_on_device_errors(error)  # float32 would take twice the memory
                 cosine = 0.0
             if cosine >= LEAST_COSINE:
                 return
@@ -426,7 +423,7 @@ class RowExtractor(Extractor):
             except RuntimeError as error:
                 import torch
 
-                if not isinstance(error, torch.cuda.OutOfMemoryError) or self.batch_size == 1:
+                if not is_out_of_memory(error) or self.batch_size == 1:
                     raise
                 error.__traceback__ = None  # its frames hold the tensors that did not fit
                 torch.cuda.empty_cache()
@@ -469,6 +466,12 @@ def unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return rows ``(n, dim)`` of norm 1; those of zeros stay so."""
     norms: npt.NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
     return rows / norms
+
+
+def pass_on_device_errors(error: Exception) -> None:
+    """Raise what says nothing about settings: full memory, or a device that is lost."""
+    if is_out_of_memory(error) or is_device_lost(error):
+        raise error
 
 
 def check_finite(name: str, features: FeatureArray) -> None:

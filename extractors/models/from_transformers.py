@@ -21,7 +21,7 @@ from common.errors import ConfigError, one_line
 from common.fingerprint import digest
 from common.precision import autocast
 from config.features import AsrSettings, AudioSettings, TextSettings, VisualSettings
-from extractors.models.base import Encoder, clean
+from extractors.models.base import Encoder, clean, pass_on_device_errors
 from extractors.models.weights import (
     Weights,
     from_cache_or_hub,
@@ -85,6 +85,7 @@ class TransformersEncoder(Encoder):
         except ConfigError:
             raise
         except Exception as error:  # readers of JSON, vocabularies and weights share no base class
+            pass_on_device_errors(error)
             raise ConfigError(
                 f"{self.setting}: {folder} cannot be loaded as a transformers folder ({files}): "
                 f"{one_line(error, 300)}"

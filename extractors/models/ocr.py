@@ -26,7 +26,7 @@ from common.files import file_digest
 from common.precision import Arithmetic, cpu_has_bf16, require_device
 from config.features import ExtractorName, OcrSettings
 from extractors.media.pictures import shrink
-from extractors.models.base import Extractor
+from extractors.models.base import Extractor, pass_on_device_errors
 from extractors.models.engines import (
     compiled,
     keep_alive,
@@ -146,6 +146,7 @@ class OcrExtractor(Extractor):
                     )
                 self._readers.put(reader)
         except Exception as error:  # engines and readers of models share no base class
+            pass_on_device_errors(error)
             raise ConfigError(
                 f"features.ocr.engine: {engine} cannot load the models of rapidocr: "
                 f"{one_line(error, 300)}"

@@ -15,7 +15,14 @@ import torch
 from common.errors import ConfigError, FeatureError, one_line
 from common.post import FeatureArray
 from config.features import Pooling, TextSettings
-from extractors.models.base import RowExtractor, check_finite, clean, one_ahead, unit_rows
+from extractors.models.base import (
+    RowExtractor,
+    check_finite,
+    clean,
+    one_ahead,
+    pass_on_device_errors,
+    unit_rows,
+)
 from extractors.models.from_transformers import (
     SHAPE_KEYS,
     TransformersEncoder,
@@ -163,6 +170,7 @@ class TextEncoder(TransformersEncoder):
         try:
             self.run(ids, np.ones_like(ids))
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            pass_on_device_errors(error)
             kind = getattr(getattr(self._network, "config", None), "model_type", "model")
             raise ConfigError(
                 f"{self.setting}.arch: {self._named} is a {kind}, which encodes no texts by "

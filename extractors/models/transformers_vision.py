@@ -12,7 +12,7 @@ import torch
 
 from common.errors import ConfigError, one_line
 from config.features import VisualSettings
-from extractors.models.base import PictureEncoder
+from extractors.models.base import PictureEncoder, pass_on_device_errors
 from extractors.models.from_transformers import TextQueryable, pooled, processor_values
 
 _SIGLIP_TOKENS = 64  # SigLIP was trained on texts of this length, padding included
@@ -46,6 +46,7 @@ class TransformersVision(TextQueryable, PictureEncoder):
             try:
                 self.dim = int(self.run(np.zeros((1, *self.size, 3), np.uint8)).shape[1])
             except (RuntimeError, ValueError) as error:
+                pass_on_device_errors(error)
                 raise ConfigError(
                     f"{self.setting}.image_size: {self._name} does not take {self.size[0]}: "
                     f"{one_line(error, 200)}"
@@ -86,7 +87,7 @@ class TransformersVision(TextQueryable, PictureEncoder):
         split = pictures.reshape(count, channels, grid, patch, grid, patch)
         patches = split.permute(0, 2, 4, 3, 5, 1).reshape(count, grid * grid, -1)
         mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device)
-        shapes = torch.full((count, 2), grid, dtype=torch.int64, device=patches.device)
+        shapes = torch.full((count, 2), grid)  # on the CPU, which reads them picture by picture
         return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
     def _tokens(self, texts: Sequence[str]) -> Mapping[str, torch.Tensor]:

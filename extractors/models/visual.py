@@ -32,6 +32,7 @@ from extractors.models.base import (
     RowExtractor,
     Rows,
     check_finite,
+    pass_on_device_errors,
 )
 from extractors.models.weights import (
     Weights,
@@ -86,6 +87,7 @@ class TimmBackbone(PictureEncoder):
         try:
             features = self.run(empty)
         except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
+            pass_on_device_errors(error)
             raise self._wrong_size(self._network.pretrained_cfg["input_size"], error) from error
         if features.ndim != 2:
             raise ConfigError(f"{self.setting}.arch: {self.arch} has no pooled features")

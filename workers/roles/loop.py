@@ -43,6 +43,8 @@ from common.errors import (
     PermanentError,
     RetryableError,
     TaggingError,
+    is_device_lost,
+    is_out_of_memory,
     one_line,
 )
 from common.fingerprint import unpacked
@@ -78,7 +80,6 @@ _log = structlog.get_logger()
 Item = TypeVar("Item")
 Outcome: TypeAlias = Result | Failure
 _FOREIGN: dict[str, type[PermanentError]] = {"fetch": FetchRefused, "decode": MediaError}
-_LOST_DEVICE = ("device-side assert", "cuda error", "cublas_status", "cudnn_status_execution")
 _PR_SET_PDEATHSIG = 1
 
 REFUSED_STATUS = 2
@@ -269,9 +270,9 @@ def run_batch(
             raise RuntimeError(f"{stage}: {len(results)} results for {len(items)} items")
         return list(results)
     except Exception as error:  # the worker's loop: it goes on whatever an item does
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             return _smaller(stage, run, items, error)
-        if _is_device_lost(error):
+        if is_device_lost(error):
             raise DeviceLost(one_line(error, 300)) from error
         if len(items) == 1:
             return [failure_of(stage, error)]
@@ -294,18 +295,6 @@ def _smaller(
         return [Failure.of(stage, failed, retryable=True)]
     half = len(items) // 2
     return run_batch(stage, run, items[:half]) + run_batch(stage, run, items[half:])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # By name: torch is not imported here, and may not be in this process at all.
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-
-
-def _is_device_lost(error: Exception) -> bool:
-    text = str(error).lower()
-    kind = type(error).__name__ == "AcceleratorError" or isinstance(error, RuntimeError)
-    return kind and any(sign in text for sign in _LOST_DEVICE)
 
 
 def _empty_cache() -> None:
