@@ -21,6 +21,8 @@ from common.cli import HELP, USAGE_ERROR, WORDS, Script, complain, exit_code, sa
 
 _NAME = "insighttag"
 _LEVEL = "INSIGHTTAG_LOG__LEVEL"
+# typer's exit code for a KeyboardInterrupt, about which it says nothing; no command of ours has it.
+_INTERRUPTED = 130
 
 Runs: TypeAlias = Callable[..., None] | Script[Any]
 
@@ -328,6 +330,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return _usage(error)
         except typer.Abort as error:
             raise KeyboardInterrupt from error
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
         return int(code) if isinstance(code, int) else 0
 
     return exit_code(_NAME, call)

@@ -57,6 +57,17 @@ def test_the_environment_is_as_before(levels: list[str], monkeypatch: pytest.Mon
     assert os.environ[_LEVEL] == "warning"
 
 
+def test_ctrl_c_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def status() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status_module, "status", status)
+    assert run(["status"]) == 1
+    assert capsys.readouterr().err == "insighttag: interrupted\n"
+
+
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"insighttag {version('insighttag')}\n"
