@@ -36,7 +36,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ def short_folder(logs: Path, case: str) -> Iterator[Path]:
 
 def run_daemon(
     case: str, prepared: Workload, device: str, posts: int | None, logs: Path, *, small: bool
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Return the row of a case: posts/s and the GPU's share while a load goes through."""
     with (
         short_folder(logs, case) as short,
@@ -199,7 +199,7 @@ def run_daemon(
         with busy_percent(device) as busy:
             load = rig.load(prepared.documents("post", number, url))
     workers = prepared.settings.workers.extractors
-    row = {
+    return {
         "case": case,
         "device": device.partition(":")[0],
         "posts": number,
@@ -208,7 +208,6 @@ def run_daemon(
         "decoders": prepared.settings.decode.processes,
         "extractors": [f"{'+'.join(g.extractors)} {g.processes} {g.device}" for g in workers],
     }
-    return [row]
 
 
 def run_forward(case: str, device: str, *, small: bool, compiled: bool = False) -> dict[str, Any]:
@@ -389,18 +388,21 @@ def main() -> int:
     vit = "tiny ViT" if small else "ViT-L/16"
     with tempfile.TemporaryDirectory(prefix="gpu-posts-") as temporary:
         media = options.media or Path(temporary)
-        prepared = {case: made(case, media, small=small) for case in CASES}
-        some = next(iter(prepared.values()))
+        posts = cache(partial(made, folder=media, small=small))
+        often, seldom = CASES
+
+        def tagged(case: str) -> list[dict[str, Any]]:
+            return [run_daemon(case, posts(case), device, options.posts, out, small=small)]
+
         # The quick ones first; torch.compile, which may take a minute or two, at the end.
         steps: dict[str, Callable[[], list[dict[str, Any]]]] = {
             "machine": lambda: [{"case": "machine", **machine_of(device)}],
             vit: lambda: [run_forward(vit, device, small=small)],
             "OCR": lambda: [run_ocr(device, small=small)],
-            "parity": lambda: run_parity(some.settings.features, device),
-            "decode": lambda: [run_decode(some, device, small=small)],
+            "parity": lambda: run_parity(posts(often).settings.features, device),
+            "decode": lambda: [run_decode(posts(seldom), device, small=small)],
         }
-        for case, each in prepared.items():
-            steps[case] = partial(run_daemon, case, each, device, options.posts, out, small=small)
+        steps |= {case: partial(tagged, case) for case in CASES}
         if not small:
             compiled = f"{vit}, compiled"
             steps[compiled] = lambda: [run_forward(compiled, device, small=small, compiled=True)]

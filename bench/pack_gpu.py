@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from results_file import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 _BESIDES = ("pytest", "nvidia-ml-py")  # the bench takes helpers of the tests, and asks NVML
@@ -30,6 +31,7 @@ _RUN = """#!/bin/sh
 set -eu
 to=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
+export PACKED_COMMIT=COMMIT
 cd "$to/tree"
 # The interpreter's own packages come behind those that are packed.
 "$python" -m venv --without-pip .venv
@@ -121,7 +123,8 @@ def main() -> int:
     fetch(sorted(needed(packages, {*map(name_of, there)}, options.python)), options.python, wheels)
     prepare = [sys.executable, "bench/gpu.py", "--prepare", str(folder / "posts")]
     subprocess.run(prepare, cwd=tree, check=True)
-    (folder / "run.sh").write_text(_RUN, encoding="utf-8")
+    run = _RUN.replace("=COMMIT", f"={commit().rstrip('+')}")  # what is not committed stays here
+    (folder / "run.sh").write_text(run, encoding="utf-8")
     for path in cut(folder, options.part_mb << 20) if options.part_mb else [folder]:
         print(path)
     return 0

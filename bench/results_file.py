@@ -38,7 +38,12 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the commit that was measured; ``+`` behind it when the tree differs from it."""
+    """Return the commit that was measured; ``+`` behind it when the tree differs from it.
+
+    A tree that was packed (`bench/pack_gpu.py`) is no repository, and has it in the environment.
+    """
+    if packed := os.environ.get("PACKED_COMMIT"):
+        return packed
     try:
         head = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],

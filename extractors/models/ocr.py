@@ -33,7 +33,7 @@ from extractors.models.engines import (
     openvino_is_installed,
     quiet_openvino,
 )
-from extractors.models.ocr_torch import Networks
+from extractors.models.ocr_torch import BUCKET, Networks
 from extractors.parts import ALIKE, ALIKE_GRID
 
 Picture = npt.NDArray[np.uint8]
@@ -75,9 +75,6 @@ _NEAR = 8  # pixels of that copy: inside the strokes of large letters there is n
 _LARGE, _SURELY_TEXT = 9, 0.6
 _LEAST_SAVED = 0.7  # of the longer side: a copy that is hardly smaller is no shorter way
 _LEAST_SIDE = 32  # the engine's detector works on blocks of 32 pixels
-# GPUs allocate for each new shape, and keep it: sides are padded to multiples of this. Double would
-# pad a third of a usual picture; at half there are four times as many shapes, and smaller batches.
-_BUCKET = 160
 # OpenVINO compiles for each new shape, and keeps some dozens: a line of a new width takes twice as
 # long. Double would pad short lines by half; at half there are twice as many widths. Pictures have
 # sides of multiples of 32 already: one of a new shape takes a third longer.
@@ -458,8 +455,8 @@ def _open_reader(
             session.session = compiled(model, arithmetic, threads=1)
         recogniser.session = _Bucketed(recogniser.session, _CPU_BUCKET, finds_lines=False)
     if on_gpu:
-        finder.session = _Bucketed(finder.session, _BUCKET, finds_lines=True)
-        recogniser.session = _Bucketed(recogniser.session, _BUCKET, finds_lines=False)
+        finder.session = _Bucketed(finder.session, BUCKET, finds_lines=True)
+        recogniser.session = _Bucketed(recogniser.session, BUCKET, finds_lines=False)
     if networks:
         reader.text_cls.session, recogniser.session = networks.turn, networks.read
         recogniser.postprocess_op = _decoder(recogniser.postprocess_op)

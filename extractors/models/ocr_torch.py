@@ -30,7 +30,7 @@ Attributes: TypeAlias = Mapping[str, Any]
 
 # GPUs allocate for each new shape, and keep it: sides are padded to multiples of this. Double would
 # pad a third of a usual picture; at half there are four times as many shapes, and smaller batches.
-_BUCKET = 160
+BUCKET = 160
 _MOST_PIXELS = 8 * 960 * 960
 """Of pictures in one pass: eight of the largest, or 40 of their small copies. Activations take 54
 bytes a pixel in half precision, 380 MiB in all. Double takes twice that; half fills a GPU less."""
@@ -55,7 +55,7 @@ class Networks:
     def find(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return how likely each pixel of a BGR picture ``(h, w, 3)`` is text ``(1, 1, h, w)``."""
         height, width = pixels.shape[:2]
-        below, right = -height % _BUCKET, -width % _BUCKET
+        below, right = -height % BUCKET, -width % BUCKET
         padded = cv2.copyMakeBorder(pixels, 0, below, 0, right, cv2.BORDER_REPLICATE)
         return self._finder(padded[None])[..., :height, :width]
 
@@ -69,7 +69,7 @@ class Networks:
         Lines are ``(n, 3, 48, width)``, normalised; they end in the padding that shorter lines of
         a batch have. Gives ``(n, steps, 2)``.
         """
-        return self._reader(np.pad(lines, ((0, 0), (0, 0), (0, 0), (0, -lines.shape[3] % _BUCKET))))
+        return self._reader(np.pad(lines, ((0, 0), (0, 0), (0, 0), (0, -lines.shape[3] % BUCKET))))
 
     def close(self) -> None:
         """End the threads that run the passes."""

@@ -21,6 +21,7 @@ import peers
 import pytest
 import scale
 import speed_of_light
+from results_file import write_results
 from rig import Site, site
 from workloads import workload
 
@@ -82,6 +83,14 @@ def test_a_case_on_a_gpu_that_fails_costs_no_other(tmp_path: Path) -> None:
     ]
     [late] = gpu.run_all({"first": steps["first"]}, "cuda:0", tmp_path, time.monotonic() - 1)
     assert "--minutes" in late["error"]
+
+
+def test_results_of_a_packed_tree_name_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACKED_COMMIT", "0123456789ab")
+    file = write_results("gpu", 1, [], tmp_path)
+    assert json.loads(file.read_text("utf-8"))["commit"] == "0123456789ab"
 
 
 @pytest.fixture(scope="module")
