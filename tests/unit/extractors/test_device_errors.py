@@ -1,4 +1,4 @@
-"""What a GPU says while models load is not taken for a mistake in the settings."""
+"""Errors of a GPU while models load are not taken for mistakes in the settings."""
 
 from pathlib import Path
 from typing import Any
