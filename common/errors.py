@@ -144,7 +144,10 @@ _WRONG_PATH = {
 def path_error(what: str, error: OSError) -> ConfigError | RetryableError:
     """Return the error of a path in the settings: ConfigError, or RetryableError if temporary."""
     kind = ConfigError if error.errno in _WRONG_PATH else RetryableError
-    return kind(f"{what}: {reason(error)}")
+    in_the_way = isinstance(error, FileExistsError)  # of `Path.mkdir`
+    return kind(
+        f"{what}: {'a file is in the place of its folder' if in_the_way else reason(error)}"
+    )
 
 
 def told(what: str, *kinds: type[Exception], as_: type[TaggingError] = ConfigError) -> _RaisedAs:

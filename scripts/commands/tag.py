@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -64,6 +66,8 @@ def tag(
     posts, rules = _posts(file), TagRules.read(settings.fusion).digest
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out}: is a folder: name a file in it, as {out / 'tags.jsonl'}")
+    if out is not None:
+        _check_writable(out)
     from workers.local import local_runner
     from workers.runner import result_of
 
@@ -109,6 +113,13 @@ def _posts(source: Path) -> list[Post]:
 def _pass_over(_mistake: ConfigError) -> None: ...
 
 
+def _check_writable(out: Path) -> None:
+    with path_told(f"--out {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out if out.exists() else out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def _written(
     posts: Sequence[Post], runner: PostRunner, rules: str | None, out: Path, *, restart: bool
 ) -> Iterator[dict[str, Any]]:
@@ -116,7 +127,6 @@ def _written(
     from workers.runner import result_of
 
     with path_told(f"--out {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
         file = out.open("a+b")
     with file:
         with replaced(

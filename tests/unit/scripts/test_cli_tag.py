@@ -188,6 +188,28 @@ def test_exit_codes(
     assert shown in output.out
 
 
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("folder", "is a folder: name a file in it"),
+        ("posts.json/tags.jsonl", "posts.json/tags.jsonl: a file is in the place of its folder"),
+        ("posts.json/new/tags.jsonl", "Not a directory"),
+    ],
+)
+def test_a_wrong_out_is_told_before_models_are_loaded(
+    out: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delattr(local, "local_runner")
+    (tmp_path / "folder").mkdir()
+    file = written(tmp_path, [{"post_id": "a", "text": "cat"}])
+    assert run(["tag", str(file), "--out", str(tmp_path / out)]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_times_are_read_and_told() -> None:
     """``--since`` takes durations and dates; durations are shown in their unit."""
     now = 1_767_225_600.0 + 86400  # 2026-01-02 UTC
