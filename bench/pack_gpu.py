@@ -1,10 +1,10 @@
 """Pack bench/gpu.py with all that it needs into a folder, for a machine with a GPU and no network.
 
 ``run.sh`` in the folder installs the wheels into an environment of their own and runs the bench.
-Weights are random or out of the wheels; posts are made here. A machine that has torch already needs
-a fortieth of the wheels: name its packages by ``--there`` (``pip list --format=freeze`` says them),
-and its Python by ``--python``. Where files come in by pieces, ``--part-mb`` makes one archive of it
-all and cuts it: ``cat FOLDER.* | tar -xz`` joins them.
+Weights are random or out of the wheels; posts are made here. A machine that has torch already
+needs 150 MB of wheels, not 4 GB: name its packages by ``--there`` (``pip list --format=freeze``
+there says them), and its Python by ``--python``. Where files come in by pieces, ``--part-mb``
+makes one archive of it all and cuts it: ``cat FOLDER.* | tar -xz`` joins them.
 
 Run: ``python bench/pack_gpu.py FOLDER [--python 3.12] [--there FILE] [--part-mb N]``
 """
