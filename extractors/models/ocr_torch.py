@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from common.errors import is_out_of_memory
 from common.precision import Arithmetic, torch_dtype
 from extractors.models.base import Rows, Uploads, download
 
@@ -175,8 +176,8 @@ class Batches:
         try:
             with torch.inference_mode():
                 return download(self._call(self._network, *self._upload([torch.from_numpy(rows)])))
-        except torch.cuda.OutOfMemoryError:
-            if len(rows) == 1:
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(rows) == 1:
                 raise
         torch.cuda.empty_cache()
         half = len(rows) // 2
