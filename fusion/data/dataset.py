@@ -37,7 +37,7 @@ class FeatureFiles:
     root: Path | None = None
 
     def header(self, post_id: str, path: Path | None) -> Header:
-        return read_header(path or feature_path(self._root(post_id), post_id))
+        return read_header(path or self._file(post_id))
 
     def has_learned(self, post_id: str, path: Path | None, streams: Container[Stream]) -> bool:
         """Return True when the weights behind some of the streams were trained on a post."""
@@ -52,17 +52,22 @@ class FeatureFiles:
         they must be made with; None takes all.
         """
         if path is None:
-            return read_features(self._root(post_id), post_id, fingerprints)
+            return read_features(self._file(post_id).parent.parent, post_id, fingerprints)
         expected_id = post_id or unquote(path.stem)
         root = path.parent.parent
         if feature_path(root, expected_id) != path:
             raise FeatureError(f"{path}: is not where the features of post {expected_id!r} lie")
         return read_features(root, expected_id, fingerprints)
 
-    def _root(self, post_id: str) -> Path:
+    def _file(self, post_id: str) -> Path:
         if self.root is None:
             raise FeatureError(f"post {post_id}: the data file names no feature file for it")
-        return self.root
+        path = feature_path(self.root, post_id)
+        if not path.exists():
+            raise FeatureError(
+                f"{path}: no such feature file; features names the folder to look in: {self.root}"
+            )
+        return path
 
 
 def find_manifest(

@@ -3,6 +3,7 @@
 import json
 import pickle
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, FeatureError
 from extractors.feature_file import write_features
 from fusion.data import data_file
 from fusion.data.data_file import Record, entries
@@ -257,3 +258,10 @@ def test_a_post_in_two_files_is_refused(lists: tuple[PostList, PostList], tmp_pa
     again = PostList.read(file, support.LABELS)
     with pytest.raises(ConfigError, match=r"post 'a4' is in .*a\.json and in .*c\.json"):
         PostList.joined((lists[0], again))
+
+
+def test_a_missing_feature_file_tells_where_it_was_looked_for(tmp_path: Path) -> None:
+    files = FeatureFiles(tmp_path / "features")
+    for read in (partial(files.features, "p", None, None), partial(files.header, "p", None)):
+        with pytest.raises(FeatureError, match=f"features names the folder .*{tmp_path}/features"):
+            read()
