@@ -353,8 +353,7 @@ def _webp(data: bytes) -> bytes:
     """Return a WebP whose header tells the size that its chunks have.
 
     Writers that cannot seek back leave 0 or the largest number there, others count the header, or
-    leave out the last byte, which pads. ValueError where a chunk is cut, or pixels end in a block
-    that was never written.
+    leave out the last byte, which pads. ValueError where a chunk is cut.
     """
     told = 8 + int.from_bytes(data[4:8], "little")
     position = 12
@@ -364,8 +363,7 @@ def _webp(data: bytes) -> bytes:
         if behind or len(size) < 4 or not kind.strip(b" ").isalnum():
             break
         position += 8 + int.from_bytes(size, "little")
-        last = data[max(0, position - _BLANK_BYTES) : position]
-        if position > len(data) or (kind[:3] in (b"VP8", b"ANM") and not last.strip(b"\0")):
+        if position > len(data):
             raise ValueError("truncated")
         position += position & 1
     if position == told <= len(data):

@@ -164,7 +164,7 @@ def percent(path: Path) -> int:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("restarts", [0, 1, 40])
-@pytest.mark.parametrize("size", [(640, 480), (1600, 1200)])
+@pytest.mark.parametrize("size", [(320, 240), (1200, 900)])
 def test_what_is_missing_of_a_cut_jpeg(
     tmp_path: Path, size: tuple[int, int], restarts: int, mode: str
 ) -> None:
@@ -181,20 +181,12 @@ def test_what_is_missing_of_a_cut_jpeg(
         assert percent(path) == 100
 
 
-@pytest.mark.parametrize("frames", [1, 3])
-@pytest.mark.parametrize("lossless", [False, True])
-def test_a_webp_whose_end_was_never_written(tmp_path: Path, frames: int, lossless: bool) -> None:
-    """Is cut: its decoder makes something of zeros. Those behind a whole one are nothing."""
+def test_a_webp_that_ends_in_zeros(tmp_path: Path) -> None:
+    """Is whole: libwebp writes them for a large plain area, so they tell nothing of a cut."""
     path = tmp_path / "a.webp"
-    pages = [Image.fromarray(media.noise(64, 48, seed)) for seed in range(frames)]
-    options: Any = {"save_all": frames > 1, "append_images": pages[1:], "lossless": lossless}
-    pages[0].save(path, **options)
-    data = path.read_bytes()
-    path.write_bytes(data + bytes(8192))
-    assert one(path).shape == (48, 64, 3)
-    path.write_bytes(data[:-800] + bytes(800))
-    with pytest.raises(MediaError, match=r"^truncated WebP picture$"):
-        one(path)
+    Image.new("RGB", (2000, 1500), "white").save(path, quality=100, method=0)
+    assert path.read_bytes().endswith(bytes(1000))
+    assert one(path).shape == (1500, 2000, 3)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
