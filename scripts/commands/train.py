@@ -90,6 +90,8 @@ def _settings_of(
     if odd is not None:
         raise ConfigError(f"{source}: {odd}: unknown key{did_you_mean(odd, known)}")
     data = values.get("data", {})
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: data: must hold keys and values, of {', '.join(_DATA)}")
     if own := sorted({*data} - {*_DATA}):
         raise ConfigError(
             f"{source}: data.{own[0]}: insighttag train sets it itself; of data it takes "

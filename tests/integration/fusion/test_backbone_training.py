@@ -186,7 +186,7 @@ def test_a_silent_validation_is_none(tmp_path: Path, capsys: pytest.CaptureFixtu
     data = {key: str(tmp_path / f"{key}.json") for key in ("train", "valid")}
     changes = {"data": data, "backbone": {"arch": "test_resnet"}, "trainer": {"epochs": 1}}
     assert command(tmp_path, tmp_path / "run", "audio_backbone", **changes) == 0
-    assert "no validation post has video or audio" in capsys.readouterr().err
+    assert "audio: no validation post has sound" in capsys.readouterr().err
     assert (tmp_path / "run" / "weights" / "audio.safetensors").exists()
 
 

@@ -19,7 +19,8 @@ from tests.support.mistakes import one_line
         ({"config": "none.yaml"}, "none.yaml: no such file"),
         ({"preset": "tiny"}, "overrides: features.preset: Input should be 'classic'"),
         ({"overrides": {"trainr.epochs": 1}}, "overrides: trainr: unknown key; did you mean 'tra"),
-        ({"overrides": {"data.train": "x"}}, "overrides: data: unknown key"),
+        ({"overrides": {"data.train": "x"}}, "overrides: data.train: insighttag train sets it"),
+        ({"overrides": {"data": 5}}, "overrides: data: must hold keys and values, of modalities"),
     ],
 )
 def test_a_wrong_argument_is_named(tmp_path: Path, arguments: dict[str, Any], named: str) -> None:
