@@ -22,6 +22,9 @@ from workers.pool.channel import Channel
 from workers.roles.loop import Context, DeviceLost, Handler, Outcome, run_batch, serve
 
 TOY = "tests.support.workers.toys:run"
+WORKING_TOY = "tests.support.workers.toys:run_working"
+TASK_CPU_S = 0.02
+"""Twice the kernel's step of a process's CPU time."""
 ROLES: dict[protocol.WorkerRole, str] = {"fetch": TOY, "decode": TOY, "extract": TOY, "fuse": TOY}
 
 
@@ -152,8 +155,22 @@ class Toy(Handler):
         return protocol.Extracted(text=say.get(verb, lambda: task.text)())
 
 
+class Working(Toy):
+    """Takes `TASK_CPU_S` of CPU for each task."""
+
+    def one(self, task: protocol.Task) -> protocol.Result:
+        end = time.process_time() + TASK_CPU_S
+        while time.process_time() < end:
+            pass
+        return super().one(task)
+
+
 def run(context: Context) -> None:
     serve(context, Toy(context))
+
+
+def run_working(context: Context) -> None:
+    serve(context, Working(context))
 
 
 def run_lingering(context: Context) -> None:
