@@ -11,6 +11,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import redis
 
 from common.errors import CacheUnavailable, ConfigError
 from config.settings import CacheSettings
@@ -254,13 +255,16 @@ def test_redis_that_is_not_there_or_refuses(redis_url: str) -> None:
 
 def test_redis_entries_run_out(redis_url: str) -> None:
     """With a TTL an entry goes when nobody asks for it, and the count follows."""
-    store = open_store(CacheSettings(url=redis_url, ttl_s=1.5))
+    store = open_store(CacheSettings(url=redis_url, ttl_s=600))
     store.prune(0)
     store.put(key("a"), bytes(100))
-    for _ in range(4):
-        time.sleep(0.5)
-        assert store.get_many([key("a")])  # each use renews it
-    time.sleep(1.8)
+    with redis.Redis.from_url(redis_url) as server:
+        [name] = server.keys(f"*{key('a')}")
+        server.pexpire(name, 300_000)
+        assert store.get_many([key("a")])
+        assert server.pttl(name) > 500_000  # a use renews it
+        server.pexpire(name, 1)
+        time.sleep(0.01)
     assert not store.get_many([key("a")])
     store.prune(0)
     assert (store.stats().entries, store.stats().bytes) == (0, 0)
