@@ -87,9 +87,10 @@ t: $(VENV)/.dev ## the unit tests: no servers
 
 TYPES := $(VENV)/bin/mypy $(SOURCES) $(SCRIPTS) tests bench docs/generate
 
-# mypy takes a core for a minute or two where it has no cache, and the first tests wait much.
+# mypy takes a core for a minute or two where it has no cache. Some of the first tests have time
+# limits, so it gives way to them.
 test: style arrows ## lint, types, arrows, all tests, which build the documentation site too
-	@$(TYPES) & types=$$!; \
+	@nice $(TYPES) & types=$$!; \
 		$(PY) -m pytest $(PYTEST_ARGS); tests=$$?; \
 		wait $$types || { echo "mypy has failed: its lines are before those of the tests" >&2; exit 1; }; \
 		exit $$tests
