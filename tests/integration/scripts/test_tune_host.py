@@ -58,7 +58,7 @@ def test_what_was_measured_is_what_the_daemon_takes(
     assert task_ms - 1 < costs["image"] < 1.5 * task_ms, costs  # a post has one
     assert task_ms - 1 < costs["text"], costs
     for name in ("video", "audio"):  # no post has one, and a worker that waits takes little
-        assert costs[name] < 0.1 * task_ms, costs
+        assert costs[name] < 0.25 * task_ms, costs
     assert all(min(trial["posts_per_s"]) > 0 for trial in measured["trials"])
     assert "no bundle, so fusion is not measured" in said.err
 
